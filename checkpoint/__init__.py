@@ -1,0 +1,1 @@
+"""Disk in, disk out: lazy reading of one layer, the work directory, shards, the format and its exports."""

@@ -1,0 +1,8 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(Exception):
+    """A problem with the user's input, told in one line that names the remedy.
+
+    The command turns it into ``error: <line>`` on stderr and exit code 2, without a traceback.
+    """

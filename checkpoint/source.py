@@ -1,0 +1,233 @@
+"""A checkpoint on disk seen as the model's own class, with weights only where they are needed.
+
+The skeleton is the model's class on the meta device. ``load`` brings the parameters under some
+module paths in from their safetensors slices; ``evict`` puts them back to meta. transformers' renaming
+and fusing of tensors on load is private API: this file alone touches it (tests/test_contract.py guards it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from checkpoint.errors import UserError
+from checkpoint.shards import StoredTensor, read_headers, read_tensors, shard_paths
+
+
+def resolve_model(model: str) -> Path:
+    """A local directory as it is, or a hub id brought into the hub's cache.
+
+    Raises UserError if it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    if path.exists() or not looks_like_hub_id:
+        raise UserError(f"no such directory: {model}; --model takes a checkpoint directory or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise UserError(f"{model} is not a directory here, and the hub did not give it ({reason}); name a local directory") from problem
+
+
+def read_config(directory: Path, trust_remote_code: bool) -> Any:
+    """The model's configuration; remote code in the source is run only with ``trust_remote_code``.
+
+    Raises UserError for a missing or broken config.json, a quantized source, or an unknown model type.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json; is it a Hugging Face checkpoint?")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path} is not JSON ({problem}); bring the file again") from problem
+    if not isinstance(raw, dict) or not raw.get("model_type"):
+        raise UserError(f"{path} names no model_type; is it a Hugging Face checkpoint?")
+    if raw.get("quantization_config"):
+        raise UserError(f"{directory} is already quantized; bring the unquantized model")
+    if str(raw["model_type"]).startswith("layerpress_"):
+        raise UserError(f"{directory} was written by layerpress; compress the original model, or a copy from --export dense")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as problem:
+        hint = "; if you trust its code, say --trust-remote-code" if "auto_map" in raw else ""
+        reason = str(problem).strip().splitlines()[0]
+        raise UserError(f"transformers does not know the model in {directory}: {reason}{hint}") from problem
+
+
+class Source:
+    """One checkpoint: headers, configuration and the skeleton.
+
+    ``compute_dtype`` is the floating-point type in which layers are loaded to be run.
+    """
+
+    def __init__(self, directory: Path, compute_dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        self.directory = directory
+        self.compute_dtype = compute_dtype
+        self.config = read_config(directory, trust_remote_code)
+        self.tensors = read_headers(shard_paths(directory))
+        with init_empty_weights(include_buffers=False):
+            try:
+                model = AutoModelForCausalLM.from_config(self.config, dtype=compute_dtype, trust_remote_code=trust_remote_code)
+            except (ValueError, KeyError, TypeError) as problem:
+                reason = str(problem).strip().splitlines()[0]
+                raise UserError(f"unsupported model class {type(self.config).__name__}: {reason}") from problem
+        self.model: Any = model.eval().requires_grad_(False)
+        self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        self._conversions = get_model_conversion_mapping(self.model)
+        self._sources, self.unused = self._match_keys()
+        self._check_complete()
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        """The dtype that holds most bytes on disk."""
+        sizes: dict[torch.dtype, int] = {}
+        for item in self.tensors.values():
+            sizes[item.dtype] = sizes.get(item.dtype, 0) + item.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that the model uses, tied ones once."""
+        return sum(item.nbytes for items in self._sources.values() for item in items)
+
+    def _match_keys(self) -> tuple[dict[str, list[StoredTensor]], list[str]]:
+        """Model parameter name -> stored tensors it is made of (several where transformers fuses them)."""
+        names = self.model.state_dict()
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        sources: dict[str, list[StoredTensor]] = {}
+        unused = []
+        for key, item in self.tensors.items():
+            name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, names)
+            if name not in names or name in self._tied:
+                unused.append(key)
+            else:
+                sources.setdefault(name, []).append(item)
+        return sources, unused
+
+    def _check_complete(self) -> None:
+        for name, parameter in self.model.state_dict().items():
+            if name in self._tied:
+                continue
+            stored = self._sources.get(name)
+            if stored is None:
+                if any(isinstance(entry, WeightConverter) for entry in self._conversions):
+                    continue  # one stored tensor may become several parameters; load() reports what is missing
+                raise UserError(f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint")
+            if len(stored) == 1 and stored[0].key in (name, name.split(".", 1)[-1]) and stored[0].shape != tuple(parameter.shape):
+                raise UserError(
+                    f"tensor {stored[0].key} is {list(stored[0].shape)} on disk but config.json asks for {list(parameter.shape)}; "
+                    "the two files do not belong together"
+                )
+
+    def stored(self, name: str) -> StoredTensor:
+        """The one stored tensor behind a parameter name (KeyError where transformers fuses several)."""
+        items = self._sources[name]
+        if len(items) != 1:
+            raise KeyError(name)
+        return items[0]
+
+    def parameter_names(self, prefixes: Iterable[str]) -> list[str]:
+        """State-dict names at or under the module paths, in the model's order."""
+        wanted = tuple(prefixes)
+        return [name for name in self.model.state_dict() if any(name == p or name.startswith(p + ".") for p in wanted)]
+
+    def load(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> None:
+        """Bring the parameters under ``prefixes`` into the skeleton.
+
+        In ``compute_dtype``, or, for writing, in each tensor's own dtype on disk.
+        Raises UserError when a parameter finds no tensor or a shape does not fit.
+        """
+        names = self.parameter_names(prefixes)
+        origins = {name: self._tied.get(name, name) for name in names}
+        wanted = [item for origin in dict.fromkeys(origins.values()) for item in self._sources.get(origin, [])]
+        if keep_source_dtype:
+            for origin in set(origins.values()):
+                if origin in self._sources:
+                    self._set(origin, torch.empty(self._get(origin).shape, dtype=self._sources[origin][0].dtype, device="meta"))
+        state = dict(read_tensors(wanted))
+        settings = LoadStateDictConfig(dtype=self.compute_dtype, device_map={"": "cpu"}, weight_mapping=self._conversions)
+        info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+        if info.mismatched_keys or info.conversion_errors:
+            problem = next(iter(info.mismatched_keys or info.conversion_errors))
+            raise UserError(f"{self.directory} does not fit {type(self.model).__name__}: {problem}")
+        for name, origin in origins.items():
+            tensor = self._get(origin)
+            if tensor.is_meta:
+                raise UserError(f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint")
+            tensor.requires_grad_(False)
+            if name != origin:
+                self._set(name, tensor)
+
+    def evict(self, prefixes: Iterable[str]) -> None:
+        """Put the parameters under ``prefixes`` back to the meta device (and the origins of tied ones)."""
+        for name in self.parameter_names(prefixes):
+            for each in {name, self._tied.get(name, name)}:
+                self._set(each, torch.empty(self._get(each).shape, dtype=self.compute_dtype, device="meta"))
+
+    @contextmanager
+    def loaded(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> Iterator[None]:
+        """``load`` on entry, ``evict`` on exit."""
+        paths = list(prefixes)
+        self.load(paths, keep_source_dtype)
+        try:
+            yield
+        finally:
+            self.evict(paths)
+
+    @contextmanager
+    def zeros(self, prefixes: Iterable[str]) -> Iterator[None]:
+        """Parameters under ``prefixes`` as zeros that take no memory: enough to see what a forward calls.
+
+        A matrix is one zero, expanded. Fused experts (3-D) go to kernels that ask for real strides: theirs are
+        untouched pages of the operating system's zeroes.
+        """
+        names = [name for name in self.parameter_names(prefixes) if self._get(name).is_meta]
+        for name in names:
+            shape = self._get(name).shape
+            if len(shape) < 3:
+                self._set(name, torch.zeros((), dtype=self.compute_dtype).expand(shape))
+            else:
+                pages = np.zeros(shape.numel() * self.compute_dtype.itemsize, dtype=np.uint8)
+                self._set(name, torch.from_numpy(pages).view(self.compute_dtype).view(shape))
+        try:
+            yield
+        finally:
+            for name in names:
+                self._set(name, torch.empty(self._get(name).shape, dtype=self.compute_dtype, device="meta"))
+
+    def _get(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(path), leaf)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.detach()
+        else:
+            module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

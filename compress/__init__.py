@@ -1,0 +1,1 @@
+"""The mathematics of compression, and the one driver that joins the rooms."""

@@ -1,0 +1,78 @@
+"""Tiny models of every contract architecture, built from their configs, with a tiny tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 199
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+WINDOWED = {**GROUPED, "head_dim": 12, "sliding_window": 16}
+
+# name -> (config class, its arguments); each stands for a shape of its own: see the comment
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", GROUPED),  # biased q, k, v
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16}),  # heads wider than the hidden size
+    "gemma2": ("Gemma2Config", {**WINDOWED, "query_pre_attn_scalar": 12}),  # masks differ by layer, softcaps
+    "gemma3": ("Gemma3TextConfig", {**WINDOWED, "query_pre_attn_scalar": 12}),  # rotary embeddings differ by layer
+    "phi3": ("Phi3Config", GROUPED),  # fused qkv and gate_up
+    "gpt2": ("GPT2Config", {**{k: v for k, v in COMMON.items() if k != "hidden_size"}, "n_embd": 48}),  # Conv1D
+    "opt": ("OPTConfig", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48}),  # biases, positions with an offset
+    "gpt_neox": ("GPTNeoXConfig", {**COMMON, "intermediate_size": 96}),  # parallel residual
+    "falcon": ("FalconConfig", {**COMMON, "new_decoder_architecture": False, "multi_query": True}),  # tuple outputs
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),  # experts stay dense
+}
+CONTRACT = [name for name in ARCHITECTURES if name != "mixtral"]
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A word-level tokenizer over the words w3 ... w198, so that text and ids are easy to make."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(directory)
+
+
+def write_text(path: Path, words: int, seed: int = 0) -> Path:
+    """A text of ``words`` words of the tiny tokenizer's vocabulary, of a skewed distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = 3 + (torch.rand(words, generator=generator) ** 3 * (VOCABULARY - 3)).long()
+    path.write_text(" ".join(f"w{i}" for i in ids.tolist()), encoding="utf-8")
+    return path
+
+
+def write_model(
+    directory: Path, name: str = "llama", dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **changes: Any
+) -> Path:
+    """A tiny checkpoint of architecture ``name`` with weights large enough for its layers to matter."""
+    config_class, arguments = ARCHITECTURES[name]
+    config = getattr(transformers, config_class)(**{**arguments, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            elif parameter_name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    write_tokenizer(directory)
+    return directory
