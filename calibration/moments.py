@@ -7,9 +7,10 @@ This is what passes from calibration to compress. Only the smaller side is kept:
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def has_bfloat16_products() -> bool:
 @contextmanager
 def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Multiply values that *are* bfloat16 in bfloat16, with float32 sums: exact products, faster units."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16 and has_bfloat16_products():
         matmul.fp32_precision = "bf16"
@@ -89,7 +90,9 @@ class GroupCollector:
         handles = [modules[self._first].register_forward_pre_hook(lambda _, args: self.see_input(args[0]))]
         for name in self._outputs:
             handles.append(
-                modules[name].register_forward_hook(lambda module, _, y, name=name: self.see_output(name, y, module.bias))
+                modules[name].register_forward_hook(
+                    lambda module, _, y, name=name: self.see_output(name, y, module.bias)
+                )
             )
         return handles
 

@@ -8,11 +8,15 @@ from types import TracebackType
 
 import torch
 
+from checkpoint.shards import as_bytes
+
 
 class HiddenStates:
     """A file of ``(windows, length, width)`` numbers, written and read a few windows at a time."""
 
-    def __init__(self, path: Path, windows: int, length: int, width: int, dtype: torch.dtype, write: bool = False) -> None:
+    def __init__(
+        self, path: Path, windows: int, length: int, width: int, dtype: torch.dtype, write: bool = False
+    ) -> None:
         self.windows, self.length, self.width, self.dtype = windows, length, width, dtype
         self._window_bytes = length * width * dtype.itemsize
         self._buffer = torch.empty(0, dtype=dtype)
@@ -27,7 +31,7 @@ class HiddenStates:
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=self.dtype)
         part = self._buffer[:size]
-        view = memoryview(part.view(torch.uint8).numpy())
+        view = as_bytes(part)
         self._file.seek(first * self._window_bytes)
         done = 0
         while done < len(view):
@@ -39,7 +43,7 @@ class HiddenStates:
 
     def write(self, first: int, hidden: torch.Tensor) -> None:
         """Store ``(count, length, width)`` hidden states as windows ``first`` and following."""
-        view = memoryview(hidden.detach().to(self.dtype).contiguous().view(-1).view(torch.uint8).numpy())
+        view = as_bytes(hidden.to(self.dtype))
         self._file.seek(first * self._window_bytes)
         done = 0
         while done < len(view):
@@ -48,7 +52,9 @@ class HiddenStates:
     def __enter__(self) -> HiddenStates:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file.writable() and kind is None:
             os.fsync(self._file.fileno())
         self._file.close()

@@ -136,7 +136,9 @@ def find_layers(source: Source) -> tuple[str, nn.ModuleList]:
     lists = [(path, module) for path, module in source.model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(path, module) for path, module in lists if len(module) == depth and len({type(m) for m in module}) == 1]
     if len(fitting) != 1:
-        found = ", ".join(f"{path} ({len(module)} x {type(module[0]).__name__})" for path, module in lists if len(module))
+        found = ", ".join(
+            f"{path} ({len(module)} x {type(module[0]).__name__})" for path, module in lists if len(module)
+        )
         raise UserError(
             f"structure of {type(source.model).__name__} not understood: expected one list of num_hidden_layers = {depth} equal "
             f"decoder layers, found {found or 'no module list'}; layerpress cannot compress this model class"
@@ -161,10 +163,14 @@ def discover(source: Source) -> Structure:
                 seen[signature] = _probe_layer(layer, *calls[index])
             groups, dense = seen[signature]
             layer_path = f"{path}.{index}"
-            found.append(Layer(index, layer_path, tuple(_group(source, layer, layer_path, index, names) for names in groups)))
+            found.append(
+                Layer(index, layer_path, tuple(_group(source, layer, layer_path, index, names) for names in groups))
+            )
             left += [(f"{layer_path}.{name}", reason) for name, reason in dense]
     if not any(layer.groups for layer in found):
-        raise UserError(f"no linear map was called in {type(layers[0]).__name__}; layerpress cannot compress this model class")
+        raise UserError(
+            f"no linear map was called in {type(layers[0]).__name__}; layerpress cannot compress this model class"
+        )
     inside = tuple(f"{path}.{index}." for index in range(len(layers)))
     ends = [name for name in source.model.state_dict() if not name.startswith(inside)]
     before = tuple(name for name in ends if name.rpartition(".")[0] in front)
@@ -179,7 +185,9 @@ def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names:
         d_out, d_in = module_weight(module).shape
         name = f"{layer_path}.{local}"
         dtype = source.stored(f"{name}.weight").dtype
-        members.append(Linear(name, local, index, d_out, d_in, isinstance(module, Conv1D), module.bias is not None, dtype))
+        members.append(
+            Linear(name, local, index, d_out, d_in, isinstance(module, Conv1D), module.bias is not None, dtype)
+        )
     return Group(tuple(members))
 
 
@@ -193,7 +201,9 @@ def _probe_calls(
         chained: list[bool] = []
         front: set[str] = set()
 
-        def stub(*args: Any, _tuple: bool = returns_tuple, _calls: Any = calls, _chained: Any = chained, **kwargs: Any) -> Any:
+        def stub(
+            *args: Any, _tuple: bool = returns_tuple, _calls: Any = calls, _chained: Any = chained, **kwargs: Any
+        ) -> Any:
             call = split_call(args, kwargs)
             if _calls:
                 _chained.append(call[0] is _calls[-1][0])
@@ -241,7 +251,9 @@ def _check_arguments(first: list[Any], second: list[Any]) -> None:
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
         for a, b in zip(_tensors(one[1:]), _tensors(other[1:]), strict=True):
             if a.shape != b.shape or not torch.equal(a, b):
-                raise UserError(f"layer {index} takes an argument that depends on the tokens; layerpress cannot replay this model class")
+                raise UserError(
+                    f"layer {index} takes an argument that depends on the tokens; layerpress cannot replay this model class"
+                )
 
 
 def _probe_layer(
@@ -267,7 +279,9 @@ def _probe_layer(
         for hook in hooks:
             hook.remove()
     if any(not torch.equal(a, b) for a, b in zip(before, _tensors((args, kwargs)), strict=True)):
-        raise UserError(f"{type(layer).__name__} changes its arguments, so its calls cannot be replayed; layerpress cannot compress it")
+        raise UserError(
+            f"{type(layer).__name__} changes its arguments, so its calls cannot be replayed; layerpress cannot compress it"
+        )
     called = {name for members in groups.values() for name in members}
     dense = [(name, "linear not called in a plain forward pass") for name in linears if name not in called]
     for name, parameter in layer.named_parameters():

@@ -7,6 +7,7 @@ later groups of the same layer and all later layers see it; the one-shot mode ne
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,9 @@ class Replay:
 
 
 @torch.no_grad()
-def streamed_logits(source: Source, structure: Structure, ids: torch.Tensor, prepare: Callable[[OpenLayer], None]) -> torch.Tensor:
+def streamed_logits(
+    source: Source, structure: Structure, ids: torch.Tensor, prepare: Callable[[OpenLayer], None]
+) -> torch.Tensor:
     """Logits ``(windows, length, vocabulary)`` for a few windows, one layer in memory.
 
     ``prepare`` is called with each open layer before it runs: the place to install parts.
@@ -147,7 +150,9 @@ class Sweep:
     the flags alone, never of free memory, so that the same flags give the same bytes.
     """
 
-    def __init__(self, source: Source, structure: Structure, windows: Windows, directory: Path, micro_batch: int) -> None:
+    def __init__(
+        self, source: Source, structure: Structure, windows: Windows, directory: Path, micro_batch: int
+    ) -> None:
         self._source, self._structure, self._ids = source, structure, windows.ids
         self._directory, self._micro_batch = directory, micro_batch
         self._replay = Replay(source, structure, windows.ids.shape[1])
@@ -165,14 +170,18 @@ class Sweep:
         with self._source.loaded(self._structure.front):
             self._produce(0, lambda first, count: self._replay.embed(self._ids[first : first + count]))
 
-    def collect(self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], advance: bool) -> dict[str, Moments]:
+    def collect(
+        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], advance: bool
+    ) -> dict[str, Moments]:
         """Run the layer over all windows and return the moments of the groups' linears.
 
         With ``advance`` the layer's output is stored as the next layer's input in the same pass; without,
         each pass stops as soon as the groups have run.
         """
         wanted = list(groups)
-        collectors = [GroupCollector({item.local: (item.d_out, item.d_in) for item in group.linears}, needs) for group in wanted]
+        collectors = [
+            GroupCollector({item.local: (item.d_out, item.d_in) for item in group.linears}, needs) for group in wanted
+        ]
         modules = {item.local: open_layer.linear(item.local) for group in wanted for item in group.linears}
         handles = [handle for collector in collectors for handle in collector.hooks(modules)]
         if not advance:
@@ -196,6 +205,10 @@ class Sweep:
     def forget(self, index: int) -> None:
         """Delete the stored input of layer ``index``."""
         self.path(index).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete what is stored: every layer is recorded."""
+        shutil.rmtree(self._directory)
 
     def _read_through(self, open_layer: OpenLayer) -> None:
         index = open_layer.layer.index

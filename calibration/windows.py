@@ -60,7 +60,9 @@ def _plain(path: Path) -> Iterator[str]:
             while lines := handle.readlines(PIECE_CHARACTERS):
                 yield "".join(lines)
     except UnicodeDecodeError as problem:
-        raise UserError(f"calibration text {path} is not UTF-8 ({problem.reason} at byte {problem.start}); convert it") from problem
+        raise UserError(
+            f"calibration text {path} is not UTF-8 ({problem.reason} at byte {problem.start}); convert it"
+        ) from problem
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -71,7 +73,9 @@ def _json_lines(path: Path) -> Iterator[Any]:
                     try:
                         yield json.loads(line)
                     except ValueError as problem:
-                        raise UserError(f"line {number} of {path} is not JSON ({problem}); mend or remove it") from problem
+                        raise UserError(
+                            f"line {number} of {path} is not JSON ({problem}); mend or remove it"
+                        ) from problem
     except UnicodeDecodeError as problem:
         raise UserError(f"calibration text {path} is not UTF-8 ({problem.reason}); convert it") from problem
 
@@ -108,7 +112,9 @@ def _documents(records: Iterator[Any], name: str) -> Iterator[str]:
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"a record of {name} has no field 'text' (it has {fields}); rename the field that holds the text")
+            raise UserError(
+                f"a record of {name} has no field 'text' (it has {fields}); rename the field that holds the text"
+            )
         if text:
             yield text + "\n\n"
 
@@ -140,7 +146,9 @@ def make_windows(tokenizer: Any, calibration: str, tokens: int, length: int, see
     drawn = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
     ids = torch.tensor(stream[: pool * length], dtype=torch.int64).view(pool, length)[drawn].clone()
     if int(ids.max()) >= vocabulary:
-        raise UserError(f"the tokenizer gives id {int(ids.max())}, the model has {vocabulary}; they do not belong together")
+        raise UserError(
+            f"the tokenizer gives id {int(ids.max())}, the model has {vocabulary}; they do not belong together"
+        )
     provenance = {
         "text": calibration,
         "policy": POLICY,

@@ -41,7 +41,9 @@ def resolve_model(model: str) -> Path:
         return path
     looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     if path.exists() or not looks_like_hub_id:
-        raise UserError(f"no such directory: {model}; --model takes a checkpoint directory or a hub id such as org/name")
+        raise UserError(
+            f"no such directory: {model}; --model takes a checkpoint directory or a hub id such as org/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -49,7 +51,9 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
         reason = str(problem).strip().splitlines()[0]
-        raise UserError(f"{model} is not a directory here, and the hub did not give it ({reason}); name a local directory") from problem
+        raise UserError(
+            f"{model} is not a directory here, and the hub did not give it ({reason}); name a local directory"
+        ) from problem
 
 
 def read_config(directory: Path, trust_remote_code: bool) -> Any:
@@ -69,7 +73,9 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
     if raw.get("quantization_config"):
         raise UserError(f"{directory} is already quantized; bring the unquantized model")
     if str(raw["model_type"]).startswith("layerpress_"):
-        raise UserError(f"{directory} was written by layerpress; compress the original model, or a copy from --export dense")
+        raise UserError(
+            f"{directory} was written by layerpress; compress the original model, or a copy from --export dense"
+        )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError) as problem:
@@ -91,12 +97,14 @@ class Source:
         self.tensors = read_headers(shard_paths(directory))
         with init_empty_weights(include_buffers=False):
             try:
-                model = AutoModelForCausalLM.from_config(self.config, dtype=compute_dtype, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=compute_dtype, trust_remote_code=trust_remote_code
+                )
             except (ValueError, KeyError, TypeError) as problem:
                 reason = str(problem).strip().splitlines()[0]
                 raise UserError(f"unsupported model class {type(self.config).__name__}: {reason}") from problem
         self.model: Any = model.eval().requires_grad_(False)
-        self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         self._conversions = get_model_conversion_mapping(self.model)
         self._sources, self.unused = self._match_keys()
         self._check_complete()
@@ -123,7 +131,7 @@ class Source:
         unused = []
         for key, item in self.tensors.items():
             name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, names)
-            if name not in names or name in self._tied:
+            if name not in names or name in self.tied:
                 unused.append(key)
             else:
                 sources.setdefault(name, []).append(item)
@@ -131,14 +139,20 @@ class Source:
 
     def _check_complete(self) -> None:
         for name, parameter in self.model.state_dict().items():
-            if name in self._tied:
+            if name in self.tied:
                 continue
             stored = self._sources.get(name)
             if stored is None:
                 if any(isinstance(entry, WeightConverter) for entry in self._conversions):
                     continue  # one stored tensor may become several parameters; load() reports what is missing
-                raise UserError(f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint")
-            if len(stored) == 1 and stored[0].key in (name, name.split(".", 1)[-1]) and stored[0].shape != tuple(parameter.shape):
+                raise UserError(
+                    f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint"
+                )
+            if (
+                len(stored) == 1
+                and stored[0].key in (name, name.split(".", 1)[-1])
+                and stored[0].shape != tuple(parameter.shape)
+            ):
                 raise UserError(
                     f"tensor {stored[0].key} is {list(stored[0].shape)} on disk but config.json asks for {list(parameter.shape)}; "
                     "the two files do not belong together"
@@ -150,6 +164,20 @@ class Source:
         if len(items) != 1:
             raise KeyError(name)
         return items[0]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype on disk of the tensor, or the first of the tensors, behind a parameter name."""
+        items = self._sources.get(name)
+        return items[0].dtype if items else self.source_dtype
+
+    def used_tensors(self) -> list[StoredTensor]:
+        """Every stored tensor that the model uses, in the order of the source's keys."""
+        used = {item.key for items in self._sources.values() for item in items}
+        return [item for key, item in self.tensors.items() if key in used]
+
+    def read(self, item: StoredTensor) -> torch.Tensor:
+        """One stored tensor as it is on disk."""
+        return next(tensor for _, tensor in read_tensors([item]))
 
     def parameter_names(self, prefixes: Iterable[str]) -> list[str]:
         """State-dict names at or under the module paths, in the model's order."""
@@ -163,22 +191,29 @@ class Source:
         Raises UserError when a parameter finds no tensor or a shape does not fit.
         """
         names = self.parameter_names(prefixes)
-        origins = {name: self._tied.get(name, name) for name in names}
+        origins = {name: self.tied.get(name, name) for name in names}
         wanted = [item for origin in dict.fromkeys(origins.values()) for item in self._sources.get(origin, [])]
         if keep_source_dtype:
             for origin in set(origins.values()):
                 if origin in self._sources:
-                    self._set(origin, torch.empty(self._get(origin).shape, dtype=self._sources[origin][0].dtype, device="meta"))
+                    self._set(
+                        origin,
+                        torch.empty(self.tensor(origin).shape, dtype=self._sources[origin][0].dtype, device="meta"),
+                    )
         state = dict(read_tensors(wanted))
-        settings = LoadStateDictConfig(dtype=self.compute_dtype, device_map={"": "cpu"}, weight_mapping=self._conversions)
+        settings = LoadStateDictConfig(
+            dtype=self.compute_dtype, device_map={"": "cpu"}, weight_mapping=self._conversions
+        )
         info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
         if info.mismatched_keys or info.conversion_errors:
             problem = next(iter(info.mismatched_keys or info.conversion_errors))
             raise UserError(f"{self.directory} does not fit {type(self.model).__name__}: {problem}")
         for name, origin in origins.items():
-            tensor = self._get(origin)
+            tensor = self.tensor(origin)
             if tensor.is_meta:
-                raise UserError(f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint")
+                raise UserError(
+                    f"{self.directory} lacks tensor {name} of {type(self.model).__name__}; bring the whole checkpoint"
+                )
             tensor.requires_grad_(False)
             if name != origin:
                 self._set(name, tensor)
@@ -186,8 +221,8 @@ class Source:
     def evict(self, prefixes: Iterable[str]) -> None:
         """Put the parameters under ``prefixes`` back to the meta device (and the origins of tied ones)."""
         for name in self.parameter_names(prefixes):
-            for each in {name, self._tied.get(name, name)}:
-                self._set(each, torch.empty(self._get(each).shape, dtype=self.compute_dtype, device="meta"))
+            for each in {name, self.tied.get(name, name)}:
+                self._set(each, torch.empty(self.tensor(each).shape, dtype=self.compute_dtype, device="meta"))
 
     @contextmanager
     def loaded(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> Iterator[None]:
@@ -206,9 +241,9 @@ class Source:
         A matrix is one zero, expanded. Fused experts (3-D) go to kernels that ask for real strides: theirs are
         untouched pages of the operating system's zeroes.
         """
-        names = [name for name in self.parameter_names(prefixes) if self._get(name).is_meta]
+        names = [name for name in self.parameter_names(prefixes) if self.tensor(name).is_meta]
         for name in names:
-            shape = self._get(name).shape
+            shape = self.tensor(name).shape
             if len(shape) < 3:
                 self._set(name, torch.zeros((), dtype=self.compute_dtype).expand(shape))
             else:
@@ -218,9 +253,10 @@ class Source:
             yield
         finally:
             for name in names:
-                self._set(name, torch.empty(self._get(name).shape, dtype=self.compute_dtype, device="meta"))
+                self._set(name, torch.empty(self.tensor(name).shape, dtype=self.compute_dtype, device="meta"))
 
-    def _get(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter or buffer by its state-dict name; on the meta device unless loaded."""
         path, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(path), leaf)
 
@@ -230,4 +266,6 @@ class Source:
         if leaf in module._buffers:
             module._buffers[leaf] = tensor.detach()
         else:
-            module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            module._parameters[leaf] = (
+                tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            )

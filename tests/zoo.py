@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 199
+VOCABULARY = 272
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -43,19 +43,22 @@ CONTRACT = [name for name in ARCHITECTURES if name != "mixtral"]
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A word-level tokenizer over the words w3 ... w198, so that text and ids are easy to make."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    """A byte-level tokenizer without merges: one token a byte, whichever class transformers loads it into."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{symbol: 3 + i for i, symbol in enumerate(symbols)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(directory)
 
 
-def write_text(path: Path, words: int, seed: int = 0) -> Path:
-    """A text of ``words`` words of the tiny tokenizer's vocabulary, of a skewed distribution."""
+def write_text(path: Path, characters: int, seed: int = 0) -> Path:
+    """A text of so many letters and spaces (a token each), of a skewed distribution, in lines."""
     generator = torch.Generator().manual_seed(seed)
-    ids = 3 + (torch.rand(words, generator=generator) ** 3 * (VOCABULARY - 3)).long()
-    path.write_text(" ".join(f"w{i}" for i in ids.tolist()), encoding="utf-8")
+    letters = "\n etaoinshrdlucmfwypvbgkjqxz"
+    drawn = (torch.rand(characters, generator=generator) ** 3 * len(letters)).long().tolist()
+    path.write_text("".join(letters[i] for i in drawn), encoding="utf-8")
     return path
 
 

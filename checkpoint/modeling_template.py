@@ -1,0 +1,83 @@
+"""A model whose linear maps may be products of two factors; written by layerpress.
+
+This one file, beside config.json, is all that transformers needs (``trust_remote_code=True``). The three base
+classes below and ``model_type`` are filled in when the checkpoint is written; everything else is generic.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig as BaseConfig
+from transformers import LlamaForCausalLM as BaseForCausalLM
+from transformers import LlamaModel as BaseModel
+
+FORMAT = 1
+
+
+class LayerpressConfig(BaseConfig):
+    """The base model's configuration plus ``layerpress``: the format and the rank of every factored linear."""
+
+    model_type = "layerpress_llama"
+
+
+class FactoredLinear(nn.Module):
+    """``y = factor_out(factor_in(x))``: ``factor_in.weight`` is ``(r, d_in)``, ``factor_out.weight`` ``(d_out, r)``."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.factor_in = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)
+        self.factor_out = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., d_in)`` to ``(..., d_out)``."""
+        return self.factor_out(self.factor_in(x))
+
+
+def factorise(base: nn.Module, config: Any) -> None:
+    """Replace the linears named in ``config.layerpress["ranks"]`` (paths inside the base model) by factored ones.
+
+    Raises ValueError for an unknown format, a path that is no linear map, or an impossible rank: before
+    anything is allocated.
+    """
+    settings = getattr(config, "layerpress", None)
+    if (
+        not isinstance(settings, dict)
+        or settings.get("format") != FORMAT
+        or not isinstance(settings.get("ranks"), dict)
+    ):
+        raise ValueError(
+            f"config.json does not hold layerpress settings of format {FORMAT}; bring the checkpoint again"
+        )
+    modules = dict(base.named_modules())
+    for path, rank in settings["ranks"].items():
+        linear = modules.get(path)
+        weight = getattr(linear, "weight", None)
+        if linear is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise ValueError(f"config.json names {path!r} as factored, which is no linear map of this model")
+        d_out, d_in = weight.shape if isinstance(linear, nn.Linear) else (weight.shape[1], weight.shape[0])
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(d_out, d_in):
+            raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be 1 to {min(d_out, d_in)}")
+        bias = getattr(linear, "bias", None) is not None
+        base.set_submodule(path, FactoredLinear(d_in, d_out, rank, bias, weight.device, weight.dtype))
+
+
+class LayerpressModel(BaseModel):
+    """The decoder without a head, with factored linears."""
+
+    config_class = LayerpressConfig
+
+    def __init__(self, config: LayerpressConfig) -> None:
+        super().__init__(config)
+        factorise(self, config)
+
+
+class LayerpressForCausalLM(BaseForCausalLM):
+    """The language model, with factored linears."""
+
+    config_class = LayerpressConfig
+
+    def __init__(self, config: LayerpressConfig) -> None:
+        super().__init__(config)
+        factorise(getattr(self, self.base_model_prefix), config)

@@ -1,0 +1,239 @@
+"""Writes a compressed checkpoint, one tensor in memory at a time.
+
+``factored``: the model's own state dict with two factors in place of a compressed weight, and one Python
+file that loads it. ``dense``: the stock architecture, with the factors multiplied out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import modeling_template
+from checkpoint.files import fsync_directory, write_json, write_text
+from checkpoint.shards import INDEX, as_bytes
+from checkpoint.source import Source
+
+SHARD_BYTES = 5_000_000_000
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+# what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+NOT_COPIED = ("config.json", INDEX, "report.json", "evaluation.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: known by name, dtype and shape before any weight is read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What the driver puts in a linear's place: its rank, and how to get the factors ``(a, b)`` when they are due."""
+
+    rank: int
+    transposed: bool
+    factors: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+class ShardWriter:
+    """Writes safetensors files of at most ``SHARD_BYTES``: header first, then tensor after tensor."""
+
+    def __init__(self, directory: Path, entries: list[Entry]) -> None:
+        self._directory = directory
+        self._shards: list[list[Entry]] = [[]]
+        for entry in entries:
+            if self._shards[-1] and sum(item.nbytes for item in self._shards[-1]) + entry.nbytes > SHARD_BYTES:
+                self._shards.append([])
+            self._shards[-1].append(entry)
+        count = len(self._shards)
+        self._names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+
+    def write(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Write all entries from ``tensors``, which yields them in order; returns the bytes of data.
+
+        Raises ValueError if a tensor is not what its entry said.
+        """
+        stream = iter(tensors)
+        total = 0
+        for name, entries in zip(self._names, self._shards, strict=True):
+            with (self._directory / name).open("wb") as file:
+                file.write(_header(entries))
+                for entry in entries:
+                    tensor = next(stream)
+                    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                        raise ValueError(
+                            f"{entry.name} was to be {entry.dtype} {entry.shape}, is {tensor.dtype} {tuple(tensor.shape)}"
+                        )
+                    file.write(as_bytes(tensor))
+                    total += entry.nbytes
+                file.flush()
+                os.fsync(file.fileno())
+        if len(self._names) > 1:
+            where = {
+                entry.name: name for name, entries in zip(self._names, self._shards, strict=True) for entry in entries
+            }
+            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        return total
+
+
+def _header(entries: list[Entry]) -> bytes:
+    """A safetensors header: length (8 bytes), then JSON padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def units(source: Source, layer_paths: Iterable[str]) -> list[str]:
+    """Module or parameter paths that are loaded together: each end parameter alone, then each layer."""
+    layers = list(layer_paths)
+    inside = tuple(path + "." for path in layers)
+    ends = [name for name in source.model.state_dict() if not name.startswith(inside)]
+    return [name for name in ends if name not in source.tied] + layers
+
+
+def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, Replacement], directory: Path) -> int:
+    """Write the ``factored`` format into ``directory``; ``replaced`` maps module paths. Returns bytes of tensors."""
+    plan: list[tuple[str, list[tuple[Entry, str, str]]]] = []
+    for unit in units(source, layer_paths):
+        entries = []
+        for name in source.parameter_names([unit]):
+            if name not in source.tied:
+                entries += _factored_entries(source, name, replaced)
+        plan.append((unit, entries))
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for unit, entries in plan:
+            with source.loaded([unit], keep_source_dtype=True):
+                for _, name, role in entries:
+                    path = name.rpartition(".")[0]
+                    if role == "plain":
+                        yield source.tensor(name).detach()
+                    else:
+                        a, b = replaced[path].factors()
+                        yield b if role == "in" else a
+
+    total = ShardWriter(directory, [entry for _, entries in plan for entry, _, _ in entries]).write(tensors())
+    prefix = source.model.base_model_prefix + "."
+    _write_factored_config(source, {path.removeprefix(prefix): item.rank for path, item in replaced.items()}, directory)
+    copy_companions(source.directory, directory)
+    fsync_directory(directory)
+    return total
+
+
+def _factored_entries(source: Source, name: str, replaced: dict[str, Replacement]) -> list[tuple[Entry, str, str]]:
+    """Entries for one parameter: itself, or the two factors; a bias moves to the outer factor."""
+    path, _, leaf = name.rpartition(".")
+    dtype = source.stored_dtype(name)
+    shape = tuple(source.tensor(name).shape)
+    if path not in replaced:
+        return [(Entry(name, dtype, shape), name, "plain")]
+    if leaf == "bias":
+        return [(Entry(f"{path}.factor_out.bias", dtype, shape), name, "plain")]
+    rank = replaced[path].rank
+    d_out, d_in = reversed(shape) if replaced[path].transposed else shape
+    return [
+        (Entry(f"{path}.factor_in.weight", dtype, (rank, d_in)), name, "in"),
+        (Entry(f"{path}.factor_out.weight", dtype, (d_out, rank)), name, "out"),
+    ]
+
+
+def _write_factored_config(source: Source, ranks: dict[str, int], directory: Path) -> None:
+    model = source.model
+    base = getattr(model, model.base_model_prefix)
+    own_type = f"layerpress_{source.config.model_type}"
+    text = Path(modeling_template.__file__).read_text(encoding="utf-8")
+    for alias, cls in (
+        ("BaseConfig", type(source.config)),
+        ("BaseForCausalLM", type(model)),
+        ("BaseModel", type(base)),
+    ):
+        stock = getattr(modeling_template, alias)
+        text = text.replace(
+            f"from transformers import {stock.__name__} as {alias}",
+            f"from {cls.__module__} import {cls.__name__} as {alias}",
+        )
+    text = text.replace('"layerpress_llama"', f'"{own_type}"')
+    write_text(directory / "modeling_layerpress.py", text)
+    config = source.config.to_dict()
+    config.update(
+        model_type=own_type,
+        architectures=["LayerpressForCausalLM"],
+        auto_map={
+            "AutoConfig": "modeling_layerpress.LayerpressConfig",
+            "AutoModel": "modeling_layerpress.LayerpressModel",
+            "AutoModelForCausalLM": "modeling_layerpress.LayerpressForCausalLM",
+        },
+        dtype=str(source.source_dtype).removeprefix("torch."),
+        layerpress={"format": modeling_template.FORMAT, "ranks": ranks},
+    )
+    write_json(directory / "config.json", config)
+
+
+def write_dense(source: Source, replaced: dict[str, Replacement], directory: Path) -> int:
+    """Write the stock architecture under the source's own keys, factors multiplied out. Returns bytes of tensors."""
+    by_key = {source.stored(f"{path}.weight").key: item for path, item in replaced.items()}
+    stored = source.used_tensors()
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for item in stored:
+            if item.key not in by_key:
+                yield source.read(item)
+                continue
+            a, b = by_key[item.key].factors()
+            product = (a.float() @ b.float()).to(item.dtype)
+            yield product.T if by_key[item.key].transposed else product
+
+    total = ShardWriter(directory, [Entry(item.key, item.dtype, item.shape) for item in stored]).write(tensors())
+    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+    copy_companions(source.directory, directory)
+    fsync_directory(directory)
+    return total
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Tokenizer files, chat template, generation config and licence, byte for byte."""
+    for pattern in COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in NOT_COPIED:
+                shutil.copyfile(path, directory / path.name)
+
+
+def factored_module(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The module that the checkpoint will hold, for use while calibrating: factors ``a (d_out, r)``, ``b (r, d_in)``."""
+    module = modeling_template.FactoredLinear(b.shape[1], a.shape[0], a.shape[1], bias is not None, device="meta")
+    module.factor_in.weight = nn.Parameter(b.to(dtype).contiguous(), requires_grad=False)
+    module.factor_out.weight = nn.Parameter(a.to(dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        module.factor_out.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return module

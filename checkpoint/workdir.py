@@ -1,0 +1,107 @@
+"""The work directory: durable records of finished layers, guarded by a fingerprint and a lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoint.errors import UserError
+from checkpoint.files import publish, write_json
+
+FINGERPRINT = "fingerprint.json"
+
+
+class WorkDirectory:
+    """Records ``(stage, index) -> tensors`` that survive a kill: data, fsync, then the name.
+
+    Opening takes a lock that dies with the process. Raises UserError if another process holds it, if the
+    directory is not ours, or if it was made from other weights, text or settings (naming what differs).
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], fresh: bool) -> None:
+        self.path = path
+        recorded = path / FINGERPRINT
+        if path.exists() and not recorded.is_file() and any(item.name != "lock" for item in path.iterdir()):
+            raise UserError(f"{path} exists and is not a layerpress work directory; name another with --work-dir")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise UserError(
+                f"another layerpress run is using {path}; wait for it or name another --work-dir"
+            ) from problem
+        if fresh:
+            for item in path.iterdir():
+                if item.name != "lock":
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        if recorded.is_file():
+            self._compare(json.loads(recorded.read_text(encoding="utf-8")), fingerprint)
+        else:
+            write_json(recorded, dict(fingerprint))
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if different:
+            told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in different)
+            raise UserError(
+                f"{self.path} holds the work of another run ({told}); say --fresh to start again, or name another --work-dir"
+            )
+
+    def _file(self, stage: str, index: int) -> Path:
+        return self.path / stage / f"{index:04d}.safetensors"
+
+    def done(self, stage: str, index: int) -> bool:
+        """Whether the record is there, whole."""
+        return self._file(stage, index).exists()
+
+    def put(self, stage: str, index: int, tensors: dict[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+        """Store a record durably; ``notes`` is anything JSON can hold."""
+        path = self._file(stage, index)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"notes": json.dumps(notes)}
+        )
+        publish(temporary, path)
+
+    def get(self, stage: str, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a record; raises UserError if it was damaged."""
+        path = self._file(stage, index)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as problem:
+            raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
+
+    def notes(self, stage: str, index: int) -> dict[str, Any]:
+        """The notes of a record; reads the header alone."""
+        from safetensors import safe_open
+
+        path = self._file(stage, index)
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return json.loads((handle.metadata() or {})["notes"])
+        except (SafetensorError, OSError, KeyError, ValueError) as problem:
+            raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
+
+    def close(self) -> None:
+        """Release the lock; the records stay."""
+        self._lock.close()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the file system that holds (or will hold) ``path``."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    status = os.statvfs(existing)
+    return status.f_bavail * status.f_frsize

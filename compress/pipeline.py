@@ -1,0 +1,305 @@
+"""A whole run: plan, verify, collect, write, check, publish, evaluate, report; one output per target ratio."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from calibration.windows import Windows, make_windows
+from checkpoint.errors import UserError
+from checkpoint.files import fsync_directory, fsync_file
+from checkpoint.shards import verify_weights
+from checkpoint.source import Source, resolve_model
+from checkpoint.workdir import WorkDirectory
+from compress import driver
+from compress.methods import METHODS
+from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
+from compress.progress import Stage, children_peak_bytes, peak_bytes, say
+from compress.recipe import Recipe
+from eval.report import REPORT, add_evaluation, write_report
+
+CHECK_TOKENS = 16
+CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
+# fields of the recipe that change the recorded factors; the others change what is cut from them
+COLLECTED = ("decomposition", "mode", "damping", "calibration_tokens", "sequence_length", "seed")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for on the command line."""
+
+    model: str
+    ratios: tuple[float, ...]
+    recipe: Recipe
+    output: Path
+    work_dir: Path
+    fresh: bool = False
+    dry_run: bool = False
+    trust_remote_code: bool = False
+    command: str = ""
+
+
+def output_for(request: Request, ratio: float) -> Path:
+    """One ratio writes OUTPUT itself; several write OUTPUT/ratio-0.80 and so on."""
+    return request.output if len(request.ratios) == 1 else request.output / f"ratio-{ratio:.2f}"
+
+
+def run(request: Request) -> None:
+    """Do what was asked; raises UserError for what the user can mend."""
+    started = time.monotonic()
+    source, structure, reason = make_source(resolve_model(request.model), request.recipe, request.trust_remote_code)
+    plans = [make_plan(source, structure, request.recipe, ratio, reason) for ratio in request.ratios]
+    for plan in plans:
+        output = output_for(request, plan.ratio)
+        check_output(output, request.fresh, source.directory)
+        say(format_plan(plan, output, request.work_dir))
+        if not output.exists():
+            check_disk(plan, output, request.work_dir)
+    if request.dry_run:
+        return
+    windows = calibration_windows(source, request.recipe)
+    with Stage("verifying weights", 1, "checkpoint") as verifying:
+        weights = verify_weights({item.key: item for item in source.used_tensors()})
+        verifying.step()
+    fingerprint = make_fingerprint(source, request.recipe, windows, weights)
+    work = None
+    try:
+        for plan in plans:
+            output = output_for(request, plan.ratio)
+            identity = {**fingerprint, **output_identity(plan)}
+            if already_done(output, identity, request.fresh):
+                say(f"already done: {output} was made by this very command")
+            else:
+                if work is None:
+                    work = WorkDirectory(request.work_dir, fingerprint, request.fresh)
+                stages = [verifying]
+                produce(plan, windows, work, output, identity, request, stages, started)
+            evaluate(plan, output)
+    finally:
+        if work is not None:
+            work.close()
+
+
+def check_output(output: Path, fresh: bool, source: Path) -> None:
+    """Refuse an output directory that is the source, or that is not ours."""
+    if output.exists() and output.resolve() == source.resolve():
+        raise UserError(f"--output {output} is the source itself; name another directory")
+    if output.exists() and not (output / REPORT).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an output of layerpress; name another with --output")
+
+
+def already_done(output: Path, identity: dict[str, Any], fresh: bool) -> bool:
+    """Whether ``output`` holds the result of this very run; UserError if of another, unless ``fresh``."""
+    if fresh or not (output / REPORT).is_file():
+        return False
+    try:
+        recorded = json.loads((output / REPORT).read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{output / REPORT} is damaged; say --fresh to write {output} again, or name another --output"
+        ) from problem
+    different = [key for key in sorted({*recorded, *identity}) if recorded.get(key) != identity.get(key)]
+    if different:
+        told = "; ".join(f"{key} was {recorded.get(key)}, is {identity.get(key)}" for key in different)
+        raise UserError(f"{output} holds another result ({told}); say --fresh to replace it, or name another --output")
+    return True
+
+
+def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
+    """The calibration windows, or None where the decomposition needs no text."""
+    if not METHODS[recipe.decomposition].needs:
+        return None
+    from transformers import AutoTokenizer
+
+    if recipe.calibration == "offline":
+        from eval.offline import ensure
+
+        text = str(ensure("texts") / "boolq-train.txt")
+    else:
+        text = recipe.calibration
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory)
+    except (ValueError, OSError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"no tokenizer could be loaded from {source.directory} ({str(problem).splitlines()[0]})"
+        ) from problem
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.sequence_length > positions:
+        raise UserError(
+            f"--sequence-length {recipe.sequence_length} is more than the model's {positions} positions; ask for less"
+        )
+    vocabulary = source.config.get_text_config().vocab_size
+    return make_windows(tokenizer, text, recipe.calibration_tokens, recipe.sequence_length, recipe.seed, vocabulary)
+
+
+def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, weights: str) -> dict[str, Any]:
+    """What the recorded factors depend on."""
+    recorded = recipe.as_dict()
+    return {
+        "weights_sha256": weights,
+        "config_sha256": hashlib.sha256((source.directory / "config.json").read_bytes()).hexdigest(),
+        "calibration_ids_sha256": windows.provenance["token_ids_sha256"] if windows else None,
+        "compute_dtype": str(source.compute_dtype),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        **{field: recorded[field] for field in COLLECTED},
+    }
+
+
+def output_identity(plan: Plan) -> dict[str, Any]:
+    """What a written checkpoint depends on besides the factors."""
+    recipe = plan.recipe
+    return {
+        "target_ratio": plan.ratio,
+        "ratio_scope": recipe.ratio_scope,
+        "allocation": recipe.allocation,
+        "export": recipe.export,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def produce(
+    plan: Plan,
+    windows: Windows | None,
+    work: WorkDirectory,
+    output: Path,
+    identity: dict[str, Any],
+    request: Request,
+    stages: list[Stage],
+    started: float,
+) -> None:
+    """Collect what is missing, write into OUTPUT.partial, check it in a fresh process, give it its name."""
+    stages.append(driver.collect(plan, windows, work))
+    partial = output.with_name(output.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    stage, written = driver.write(plan, work, partial)
+    stages.append(stage)
+    with Stage("checking", 1, "checkpoint") as stage:
+        check_written(plan, work, partial)
+        stage.step()
+    stages.append(stage)
+    write_report(
+        partial,
+        plan=plan,
+        fingerprint=identity,
+        windows=None if windows is None else windows.provenance,
+        rows=driver.matrix_rows(plan, work),
+        stages=[item.as_dict() for item in stages],
+        run={
+            "command": request.command,
+            "versions": {**versions(), "python": sys.version.split()[0], "lm_eval": version("lm_eval")},
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.monotonic() - started, 1),
+            "bytes_written": written,
+            "peak_memory_bytes": peak_bytes(),
+            "check_peak_memory_bytes": children_peak_bytes(),
+            "planned_memory_bytes": plan.estimate.memory_bytes,
+        },
+    )
+    publish_directory(partial, output)
+    say(f"written: {output} ({plan.sizes.bytes_after / 1e6:.1f} MB of {plan.sizes.bytes_before / 1e6:.1f} MB)")
+
+
+def publish_directory(partial: Path, output: Path) -> None:
+    """Flush every file, then rename; a result of ours that stood there is removed only after that."""
+    for path in partial.iterdir():
+        fsync_file(path)
+    fsync_directory(partial)
+    old = output.with_name(output.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(partial, output)
+    fsync_directory(output.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> None:
+    """Load ``directory`` in a fresh process and compare logits and token ids (RuntimeError if they differ)."""
+    from transformers import AutoTokenizer
+
+    vocabulary = plan.source.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    tokenizer = AutoTokenizer.from_pretrained(plan.source.directory)
+    text_ids = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"]
+    record = {
+        "ids": ids,
+        "logits": driver.expected_logits(plan, work, ids).float(),
+        "text": torch.tensor(list(CHECK_TEXT.encode()), dtype=torch.uint8),
+        "text_ids": torch.tensor(text_ids, dtype=torch.int64),
+    }
+    expected = work.path / "check.safetensors"
+    save_file(record, expected)
+    layers = plan.structure.layers[0].path.rpartition(".")[0]
+    dtype = str(plan.source.compute_dtype).removeprefix("torch.")
+    command = [
+        sys.executable,
+        "-m",
+        "checkpoint.check",
+        str(directory),
+        "--expected",
+        str(expected),
+        "--layers",
+        layers,
+        "--dtype",
+        dtype,
+    ]
+    if plan.recipe.export == "factored":
+        command.append("--trust-remote-code")
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=child_environment(), check=False
+    )
+    if done.returncode:
+        told = done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"the written checkpoint {directory} does not load as it should: {' '.join(told)}")
+
+
+def child_environment() -> dict[str, str]:
+    """The environment in which child processes find these packages from any directory."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def evaluate(plan: Plan, output: Path) -> None:
+    """Score the output beside the dense model in a process of its own; figures go into its report and card."""
+    if plan.recipe.evaluate == "none":
+        return
+    figures = output / "evaluation.json"
+    command: Sequence[str] = [
+        *(sys.executable, "-m", "eval", "--model", str(output), "--compare-with", str(plan.source.directory)),
+        *("--evaluate", plan.recipe.evaluate, "--output", str(figures)),
+        *(["--trust-remote-code"] if plan.recipe.export == "factored" else []),
+    ]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=child_environment(), check=False
+    )
+    if done.returncode == 2:
+        raise UserError(f"the checkpoint {output} is written, but it could not be evaluated: see the line above")
+    if done.returncode:
+        raise RuntimeError(
+            f"the checkpoint {output} is written, but its evaluation failed with exit code {done.returncode}"
+        )
+    add_evaluation(output, done.stdout)
+    print(done.stdout, end="", flush=True)

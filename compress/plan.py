@@ -1,0 +1,199 @@
+"""The plan: everything validated and estimated from headers and shapes, before any weight is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calibration.moments import has_bfloat16_products
+from calibration.structure import Layer, Structure, discover
+from checkpoint.errors import UserError
+from checkpoint.source import Source, read_config
+from checkpoint.workdir import free_bytes
+from compress.methods import METHODS
+from compress.recipe import Recipe
+from compress.sizes import Sizes, choose_ranks, measure
+
+PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
+SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run will take, roughly: bytes of memory and disk, seconds."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated run: the source, its structure, ranks and sizes for one target ratio."""
+
+    source: Source
+    structure: Structure
+    recipe: Recipe
+    ratio: float
+    ranks: dict[str, int | None]
+    sizes: Sizes
+    estimate: Estimate
+    dtype_reason: str
+
+
+def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple[torch.dtype, str]:
+    """The dtype in which layers run, and why."""
+    if asked != "auto":
+        return getattr(torch, asked), "asked for"
+    stored = getattr(read_config(directory, trust_remote_code), "dtype", None)
+    if stored not in (torch.bfloat16, torch.float16):
+        return torch.float32, "the source is float32"
+    if has_bfloat16_products():
+        return torch.bfloat16, "this machine multiplies bfloat16 natively"
+    return torch.float32, "this machine has no native bfloat16 products"
+
+
+def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tuple[Source, Structure, str]:
+    """Open the checkpoint and discover its structure (UserError where that fails)."""
+    dtype, reason = compute_dtype(recipe.dtype, directory, trust_remote_code)
+    source = Source(directory, dtype, trust_remote_code)
+    if recipe.export == "factored" and not type(source.model).__module__.startswith("transformers."):
+        raise UserError(
+            "--export factored needs a model class of transformers, this one is remote code; say --export dense"
+        )
+    return source, discover(source), reason
+
+
+def make_plan(source: Source, structure: Structure, recipe: Recipe, ratio: float, reason: str) -> Plan:
+    """Ranks, sizes and estimates for one target ratio (UserError if it cannot be reached)."""
+    if not 0 < ratio < 1:
+        raise UserError(f"--target-ratio {ratio:g} must be above 0 and below 1: the part of the bytes to keep")
+    linears = structure.linears
+    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, recipe.allocation)
+    parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
+    sizes = measure(linears, ranks, source.nbytes, parameters, recipe.ratio_scope)
+    if abs(sizes.achieved_ratio - ratio) > 0.005:
+        raise UserError(
+            f"--target-ratio {ratio:g} cannot be met to 0.005: ranks are whole numbers and the nearest below gives "
+            f"{sizes.achieved_ratio:.4f}; ask for that"
+        )
+    return Plan(source, structure, recipe, ratio, ranks, sizes, _estimate(source, structure, recipe, sizes), reason)
+
+
+def check_disk(plan: Plan, output: Path, work: Path) -> None:
+    """Raise UserError if output and work directory do not fit on their disks."""
+    for path, needed in ((work, plan.estimate.disk_bytes), (output, plan.sizes.bytes_after)):
+        free = free_bytes(path)
+        if free < needed:
+            raise UserError(
+                f"no room on disk for {path}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+                "free some or name another place with --output and --work-dir"
+            )
+
+
+def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes) -> Estimate:
+    width = max(linear.d_in for linear in structure.layers[0].groups[0].linears)
+    tokens = recipe.calibration_tokens if METHODS[recipe.decomposition].needs else 0
+    itemsize = source.compute_dtype.itemsize
+    hidden = tokens * width * itemsize
+    factors = sum(linear.largest_rank * linear.rank_nbytes for linear in structure.linears)
+    if recipe.mode == "sequential":
+        factors = sizes.bytes_after
+    layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)
+    end_bytes = max(sum(_bytes(source, [name]) for name in names) for names in (structure.front, structure.back))
+    memory = PROCESS_BYTES + max(layer_bytes, end_bytes)
+    return Estimate(memory, 2 * hidden + factors, _seconds(source, structure, recipe, tokens))
+
+
+def _bytes(source: Source, names: list[str]) -> int:
+    return sum(source.tensor(name).numel() for name in names) * source.compute_dtype.itemsize
+
+
+def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> int:
+    weights = _bytes(source, source.parameter_names([layer.path]))
+    batch = min(tokens, recipe.micro_batch * recipe.sequence_length)
+    activations = (
+        2 * batch * sum(linear.d_in + linear.d_out for linear in layer.linears) * source.compute_dtype.itemsize
+    )
+    moments = 4 * sum(
+        group.linears[0].d_in ** 2
+        if any(linear.d_in <= linear.d_out for linear in group.linears)
+        else sum(linear.d_out**2 for linear in group.linears)
+        for group in layer.groups
+    )
+    largest = max(layer.linears, key=lambda linear: linear.d_in * linear.d_out)
+    solving = 8 * (3 * largest.d_in * largest.d_out + 5 * min(largest.d_in, largest.d_out) ** 2)
+    return weights + max(activations, solving) + (moments if tokens else 0)
+
+
+def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) -> float:
+    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else 1.0
+    flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
+    squares = sum(
+        min(group.linears[0].d_in, group.linears[0].d_out) ** 2 for layer in structure.layers for group in layer.groups
+    )
+    solving = sum(
+        25.0 * min(linear.d_in, linear.d_out) ** 3 + 6.0 * linear.d_in * linear.d_out * min(linear.d_in, linear.d_out)
+        for linear in structure.linears
+    )
+    reading = 3 * source.nbytes / 1e9
+    return (
+        flops / _flops_per_second(source.compute_dtype)
+        + 2.0 * tokens * squares / _flops_per_second(torch.float32)
+        + solving / _flops_per_second(torch.float64)
+        + reading
+    )
+
+
+def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
+    """This machine's speed in a small matrix product."""
+    a = torch.ones(size, size, dtype=dtype)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    return 2.0 * size**3 * repeats / (time.perf_counter() - started)
+
+
+def format_plan(plan: Plan, output: Path, work: Path) -> str:
+    """The plan as a person reads it."""
+    recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
+    factored = sum(rank is not None for rank in plan.ranks.values())
+    lines = [
+        f"model      {source.directory}: {type(source.model).__name__}, {len(plan.structure.layers)} layers, "
+        f"{sizes.bytes_before / 1e6:.1f} MB, computed in {str(source.compute_dtype).removeprefix('torch.')} ({plan.dtype_reason})",
+        f"recipe     {recipe.name}: {recipe.summary} [{recipe.decomposition}, {recipe.allocation}, {recipe.mode}]",
+        f"sizes      asked {plan.ratio:g} of the {recipe.ratio_scope}, planned {sizes.achieved_ratio:.4f}: "
+        f"{sizes.bytes_after / 1e6:.1f} MB, {factored} of {len(plan.ranks)} linears factored",
+        f"           decoder parameters {sizes.decoder_linear_parameters:.3f}, model parameters {sizes.model_parameters:.3f}, "
+        f"bytes {sizes.model_bytes:.3f}, {sizes.bits_per_decoder_weight:.2f} bits per decoder weight",
+        f"text       {recipe.calibration}, {recipe.calibration_tokens:,} tokens in windows of {recipe.sequence_length}"
+        if METHODS[recipe.decomposition].needs
+        else "text       none needed",
+        f"needs      about {estimate.memory_bytes / 1e9:.1f} GB memory, {(estimate.disk_bytes + sizes.bytes_after) / 1e9:.2f} GB disk, "
+        f"{_duration(estimate.seconds)} before evaluation",
+        f"output     {output} (work in {work})",
+    ]
+    if plan.structure.left_dense:
+        lines.append(f"LEFT DENSE {len(plan.structure.left_dense)} parameters are not compressed:")
+        lines += [f"           {name}: {reason}" for name, reason in plan.structure.left_dense[:8]]
+        if len(plan.structure.left_dense) > 8:
+            lines.append(f"           ... and {len(plan.structure.left_dense) - 8} more (all are in report.json)")
+    if source.unused:
+        lines.append(
+            f"NOT USED   {len(source.unused)} stored tensors are not part of the model class, e.g. {source.unused[0]}; left out"
+        )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,120 @@
+"""The recipe: one frozen description of a run, which is command line, YAML and manifest at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoint.errors import UserError
+from compress.allocate import ALLOCATIONS
+from compress.methods import METHODS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "decomposition": tuple(METHODS),
+    "allocation": tuple(ALLOCATIONS),
+    "mode": ("one-shot", "sequential"),
+    "ratio_scope": ("model", "decoder"),
+    "export": ("factored", "dense"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides the model and the target ratio.
+
+    ``damping`` is the multiple of the mean input power added to the second moment's diagonal;
+    ``calibration`` is a file, a dataset or ``offline``; ``evaluate`` is a preset, tasks, or ``none``.
+    """
+
+    name: str
+    decomposition: str
+    mode: str
+    summary: str = ""
+    paper: str = ""
+    allocation: str = "uniform"
+    damping: float = 0.0
+    ratio_scope: str = "model"
+    calibration: str = "offline"
+    calibration_tokens: int = 65536
+    sequence_length: int = 512
+    seed: int = 0
+    evaluate: str = "quick"
+    export: str = "factored"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind: Any = {"int": int, "float": (int, float), "str": str}[str(field.type)]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"recipe {self.name}: {field.name} must be {field.type}, is {value!r}")
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                raise UserError(f"recipe {self.name}: {field.name} {_not_known(str(value), CHOICES[field.name])}")
+        if self.sequence_length < 2 or self.calibration_tokens < 1 or not 0 <= self.damping < 1 or self.seed < 0:
+            raise UserError(
+                f"recipe {self.name}: sequence_length must be at least 2, calibration_tokens positive, "
+                "seed not negative and damping from 0 to below 1"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows that run through a layer at a time."""
+        return max(1, MICRO_BATCH_TOKENS // self.sequence_length)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with the fields that are not None changed."""
+        return dataclasses.replace(self, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _not_known(value: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{value!r} is not known{hint} (there are: {', '.join(known)})"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with layerpress."""
+    return sorted(path.name.removesuffix(".yaml") for path in files("configs").iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file of the same fields.
+
+    Raises UserError for an unknown name (offering the nearest), broken YAML, or a field that does not exist.
+    """
+    if name_or_file.endswith((".yaml", ".yml")):
+        path = Path(name_or_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"no such recipe file: {path}")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif name_or_file in recipe_names():
+        text = (files("configs") / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(f"recipe {_not_known(name_or_file, tuple(recipe_names()))}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise UserError(f"recipe {name_or_file} is not YAML ({' '.join(str(problem).split())})") from problem
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {name_or_file} must be a mapping of fields to values")
+    known = tuple(field.name for field in dataclasses.fields(Recipe))
+    for key in raw:
+        if key not in known:
+            raise UserError(f"recipe {name_or_file}: field {_not_known(str(key), known)}")
+    missing = [key for key in ("name", "decomposition", "mode") if key not in raw]
+    if missing:
+        raise UserError(f"recipe {name_or_file} lacks the field {missing[0]}")
+    return Recipe(**raw)

@@ -1,0 +1,83 @@
+"""What a choice of ranks weighs: the four numbers that every report gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from calibration.structure import Linear
+from checkpoint.errors import UserError
+from compress.allocate import ALLOCATIONS, Shape, Unreachable
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Ratios are kept / dense; bytes are of tensors, tied ones once, file headers aside."""
+
+    decoder_linear_parameters: float
+    model_parameters: float
+    model_bytes: float
+    bits_per_decoder_weight: float
+    bytes_before: int
+    bytes_after: int
+    achieved_ratio: float
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For JSON."""
+        return asdict(self)
+
+
+def shape_of(linear: Linear) -> Shape:
+    """A linear as the allocation sees it."""
+    return Shape(linear.nbytes, linear.rank_nbytes, linear.largest_rank)
+
+
+def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str) -> int:
+    """Bytes left for the decoder's linears at a target ratio; may be negative."""
+    dense = sum(linear.nbytes for linear in linears)
+    return int(ratio * dense) if scope == "decoder" else int(ratio * model_bytes) - (model_bytes - dense)
+
+
+def choose_ranks(
+    linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str, allocation: str
+) -> dict[str, int | None]:
+    """Rank (None: dense) per linear for a target ratio.
+
+    Raises UserError naming the smallest ratio that can be reached where this one cannot.
+    """
+    budget = budget_for(linears, model_bytes, ratio, scope)
+    try:
+        ranks = ALLOCATIONS[allocation]([shape_of(linear) for linear in linears], budget)
+    except Unreachable as problem:
+        dense = sum(linear.nbytes for linear in linears)
+        smallest = (
+            problem.smallest / dense if scope == "decoder" else (model_bytes - dense + problem.smallest) / model_bytes
+        )
+        raise UserError(
+            f"--target-ratio {ratio:g} cannot be reached with --ratio-scope {scope}: everything else is kept, so the smallest is "
+            f"{smallest + 5e-4:.3f}"
+        ) from problem
+    return {linear.name: rank for linear, rank in zip(linears, ranks, strict=True)}
+
+
+def measure(
+    linears: Sequence[Linear], ranks: Mapping[str, int | None], model_bytes: int, model_parameters: int, scope: str
+) -> Sizes:
+    """The sizes of a choice of ranks."""
+    dense_parameters = sum(linear.d_out * linear.d_in for linear in linears)
+    dense_bytes = sum(linear.nbytes for linear in linears)
+    kept_parameters = kept_bytes = 0
+    for linear in linears:
+        rank = ranks[linear.name]
+        kept_parameters += linear.d_out * linear.d_in if rank is None else rank * (linear.d_out + linear.d_in)
+        kept_bytes += linear.nbytes if rank is None else rank * linear.rank_nbytes
+    after = model_bytes - dense_bytes + kept_bytes
+    return Sizes(
+        decoder_linear_parameters=kept_parameters / dense_parameters,
+        model_parameters=(model_parameters - dense_parameters + kept_parameters) / model_parameters,
+        model_bytes=after / model_bytes,
+        bits_per_decoder_weight=8 * kept_bytes / dense_parameters,
+        bytes_before=model_bytes,
+        bytes_after=after,
+        achieved_ratio=kept_bytes / dense_bytes if scope == "decoder" else after / model_bytes,
+    )

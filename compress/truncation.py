@@ -1,0 +1,76 @@
+"""Weighted truncation: the best rank-r ``W'`` for ``tr((W - W') R (W - W')^T)``.
+
+Any root ``L L^T = R`` gives ``W' = [W L]_r L^-1``, so Cholesky (SVD-LLM), the symmetric root (QERA-exact)
+and the output's principal components (LLM-ROM) are one optimum (METHODS 1.1). It is the projection
+``W' = U_r U_r^T W`` with ``U`` the left singular vectors of ``W L``: nothing is inverted, a rank-deficient
+``R`` does no harm, and full rank gives ``W`` back. Only the smaller side is decomposed, in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.parts import Factors
+
+
+class NotFinite(ValueError):
+    """A moment or a weight holds NaN or inf."""
+
+
+def truncate_by_output(weight: torch.Tensor, second: torch.Tensor, rank: int) -> Factors:
+    """Ordered factors from the output's second moment ``second = W R W^T``, for ``d_out <= d_in``.
+
+    ``weight`` ``(d_out, d_in)`` and ``second`` ``(d_out, d_out)`` float64; keeps ``rank`` directions.
+    """
+    power, vectors = _descending(second)
+    u = vectors[:, :rank]
+    return Factors(u, u.T @ weight, _tails(power, rank))
+
+
+def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Factors:
+    """Ordered factors from a root ``root root^T = R`` of the input's moment, for ``d_in < d_out``.
+
+    ``weight`` ``(d_out, d_in)`` and ``root`` ``(d_in, d_in)`` float64. The left singular vectors come from a
+    QR of ``W L V_r``, whose columns are orthogonal already: it stays orthonormal where they vanish.
+    """
+    rooted = weight @ root
+    power, vectors = _descending(rooted.T @ rooted)
+    u, _ = torch.linalg.qr(rooted @ vectors[:, :rank])
+    return Factors(u, u.T @ weight, _tails(power, rank))
+
+
+def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> Factors:
+    """Ordered factors for the input moment ``R`` ``(d_in, d_in)`` float64, by whichever side is smaller."""
+    d_out, d_in = weight.shape
+    if d_out <= d_in:
+        return truncate_by_output(weight, weight @ second_of_input @ weight.T, rank)
+    return truncate_by_input(weight, symmetric_root(second_of_input), rank)
+
+
+def symmetric_root(second: torch.Tensor) -> torch.Tensor:
+    """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64; rounding below zero counts as zero."""
+    power, vectors = _descending(second)
+    return vectors * power.sqrt()
+
+
+def damping_floor(damping: float, power: float) -> float:
+    """What is added to a moment's diagonal of mean ``power``; 1 where the moment vanishes.
+
+    For inputs that are zero throughout, any approximation is as good by the text; the limit of ever smaller
+    damping is plain SVD, and that is what 1 gives.
+    """
+    return damping * power if power > 0 else 1.0
+
+
+def _descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (not negative) and eigenvectors, largest first."""
+    if not bool(torch.isfinite(symmetric).all()):
+        raise NotFinite("a second moment holds NaN or inf")
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _tails(power: torch.Tensor, rank: int) -> torch.Tensor:
+    """``tails[r] = sum of power[r:]`` for r = 0 ... rank, summed from the small end."""
+    tails = torch.cat([power.flip(0).cumsum(0).flip(0), power.new_zeros(1)])
+    return tails[: min(rank, power.numel()) + 1]

@@ -1,0 +1,102 @@
+"""lm-eval tasks on a loaded model: stock tasks, seven of them from offline copies of their documents."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from checkpoint.errors import UserError
+from eval.offline import ensure
+from eval.results import Metric, TaskResult
+from eval.task_files import TASKS
+
+# Fixed, because the shape of a batch changes the last bits of bfloat16 logits: same flags, same figures.
+_BATCH = 8
+
+
+def task_manager(tasks: Sequence[str], online: bool = False) -> TaskManager:
+    """lm-eval's task manager for these tasks, groups or tags, all loaded once to know that they can be.
+
+    Raises UserError for a name that lm-eval does not know, and where a task's documents cannot be had.
+    """
+    offline = [not online and task in TASKS for task in tasks]
+    # Reading lm-eval's thousands of own files takes seconds, so only where one of them is asked for.
+    manager = TaskManager(
+        include_path=ensure("tasks") if any(offline) else None, include_defaults=not all(offline)
+    )
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm-eval has no task {', '.join(unknown)}: see `lm_eval ls tasks`")
+    try:
+        manager.load(list(tasks))
+    except (ConnectionError, FileNotFoundError) as error:
+        raise UserError(
+            f"{error}: evaluate offline tasks ({', '.join(TASKS)}), or mend the network"
+        ) from error
+    return manager
+
+
+def has_offline_copies(manager: TaskManager) -> bool:
+    """Whether the seven tasks are the offline copies in this manager, also as members of groups and tags."""
+    return manager.include_path is not None
+
+
+def run_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    manager: TaskManager,
+    limit: int | None = None,
+) -> list[TaskResult]:
+    """Evaluate one task, or every task of a group, on its first ``limit`` documents.
+
+    Log-probabilities are taken from logits turned to float32.
+    """
+    started = time.monotonic()
+    wrapped = _Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, softmax_dtype=torch.float32)
+    found = simple_evaluate(
+        model=wrapped,
+        tasks=[task],
+        task_manager=manager,
+        limit=limit,
+        cache_requests=False,
+        log_samples=True,
+    )
+    seconds = round(time.monotonic() - started, 2)
+    offline = set(TASKS) if has_offline_copies(manager) else set()
+    return [_task_result(found, name, name in offline, seconds) for name in found["samples"]]
+
+
+class _Harness(HFLM):
+    """The stock wrapper without its progress bar, which ignores tqdm's own switch."""
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+
+def _task_result(found: Any, name: str, offline: bool, seconds: float) -> TaskResult:
+    """One leaf task of lm-eval's results, where metrics are keyed "metric,filter"."""
+    values = found["results"][name]
+    metrics: dict[str, Metric] = {}
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{kind}")
+            label = metric if kind == "none" else key
+            metrics[label] = Metric(value, error if isinstance(error, float) else None)
+    samples = found["samples"][name]
+    numeric = [key for key in samples[0]["metrics"] if isinstance(samples[0][key], int | float)]
+    return TaskResult(
+        task=name,
+        documents=found["n-samples"][name]["effective"],
+        few_shot=found["n-shot"][name],
+        offline_copy=offline,
+        metrics=metrics,
+        per_document={key: [float(sample[key]) for sample in samples] for key in numeric},
+        seconds=seconds,
+    )

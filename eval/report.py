@@ -1,0 +1,121 @@
+"""What a run leaves beside its checkpoint: report.json, matrices.csv, recipe.yaml and a README model card."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoint.files import write_json, write_text
+
+REPORT = "report.json"
+CARD = "README.md"
+
+
+def write_report(
+    directory: Path,
+    *,
+    plan: Any,
+    fingerprint: dict[str, Any],
+    windows: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    run: dict[str, Any],
+) -> None:
+    """Write the report of a finished compression into ``directory``; the evaluation is added later."""
+    report = {
+        "fingerprint": fingerprint,
+        "model": str(plan.source.directory),
+        "model_class": type(plan.source.model).__name__,
+        "recipe": plan.recipe.as_dict(),
+        "target_ratio": plan.ratio,
+        "sizes": plan.sizes.as_dict(),
+        "calibration": windows,
+        "compute_dtype": {"dtype": fingerprint["compute_dtype"], "reason": plan.dtype_reason},
+        "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
+        "unused_source_tensors": plan.source.unused,
+        "stages": stages,
+        "run": run,
+        "evaluation": None,
+    }
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory / "matrices.csv", table.getvalue())
+    write_text(directory / "recipe.yaml", yaml.safe_dump(plan.recipe.as_dict(), sort_keys=False, allow_unicode=True))
+    write_json(directory / REPORT, report)
+    write_text(directory / CARD, card(report, None))
+
+
+def add_evaluation(directory: Path, table: str) -> None:
+    """Put the figures of ``evaluation.json`` and their table into the report and the card."""
+    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    report["evaluation"] = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    write_json(directory / REPORT, report)
+    write_text(directory / CARD, card(report, table))
+
+
+def card(report: dict[str, Any], table: str | None) -> str:
+    """The model card as Markdown."""
+    sizes, recipe, run = report["sizes"], report["recipe"], report["run"]
+    name = Path(report["model"]).resolve().name
+    trust = ", trust_remote_code=True" if recipe["export"] == "factored" else ""
+    calibration = report["calibration"]
+    text = (
+        f"{calibration['tokens']:,} tokens of `{Path(calibration['text']).name}` in windows of {calibration['sequence_length']}, "
+        f"seed {calibration['seed']} ({calibration['policy']})"
+        if calibration
+        else "no calibration text (data-free)"
+    )
+    stages = "\n".join(f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} |" for s in report["stages"])
+    left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
+    evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
+    return f"""---
+library_name: transformers
+tags: [layerpress, compressed]
+---
+# {name}, compressed to {sizes["model_bytes"]:.3f} of its bytes by layerpress
+
+Recipe `{recipe["name"]}` ({recipe["summary"]}; {recipe["paper"]}), asked for {report["target_ratio"]:g} of the {recipe["ratio_scope"]}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+```
+
+## Size
+
+| | kept |
+|---|---|
+| parameters of the decoder's linears | {sizes["decoder_linear_parameters"]:.4f} |
+| parameters of the whole model | {sizes["model_parameters"]:.4f} |
+| bytes of the whole model | {sizes["model_bytes"]:.4f} ({sizes["bytes_after"]:,} of {sizes["bytes_before"]:,}) |
+| bits per original decoder weight | {sizes["bits_per_decoder_weight"]:.3f} |
+
+The rank and error of every matrix are in `matrices.csv`, everything else in `report.json`.
+{"Left dense:" + chr(10) + left if left else ""}
+## Quality
+
+{evaluation}
+
+## How it was made
+
+Calibrated on {text}.
+Computed in {report["compute_dtype"]["dtype"].removeprefix("torch.")} ({report["compute_dtype"]["reason"]}) with {run["threads"]} threads, \
+torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}.
+
+    {run["command"]}
+
+| stage | seconds | peak memory of the process so far, MB |
+|---|---|---|
+{stages}
+
+In all {run["seconds"]:.0f} s before evaluation; peak memory {run["peak_memory_bytes"] / 1e6:.0f} MB \
+(planned {run["planned_memory_bytes"] / 1e6:.0f} MB).
+"""

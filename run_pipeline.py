@@ -1,0 +1,141 @@
+"""Compress a Hugging Face checkpoint: python run_pipeline.py --model DIR --target-ratio 0.8
+
+The stages, in order: plan (everything validated and estimated), verify the weights, decompose layer by layer,
+write, check in a fresh process, evaluate beside the dense model, report. Exit codes: 0 done, 2 the user's
+input, 1 ours, 130 interrupted (the same command goes on from where it was).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# threads that spin while they wait make everything several times slower as soon as a core has other work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a usage error in one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Exit code 2 with one line."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; its flags are the recipe's fields."""
+    from compress.recipe import CHOICES
+
+    main = Parser(prog="layerpress", description=(__doc__ or "").split("\n")[0])
+    what = main.add_argument_group("what")
+    what.add_argument("--model", metavar="DIR|HUB_ID", help="the checkpoint to compress")
+    what.add_argument(
+        "--target-ratio", type=float, nargs="+", metavar="R", help="the part of the bytes to keep, e.g. 0.8"
+    )
+    what.add_argument(
+        "--ratio-scope", choices=CHOICES["ratio_scope"], help="what R counts: the whole model, or the decoder's linears"
+    )
+    what.add_argument("--recipe", default="svd-llm", metavar="NAME|FILE", help="the method (%(default)s)")
+    what.add_argument("--allocation", choices=CHOICES["allocation"], help="how ranks are shared out")
+    what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
+    text = main.add_argument_group("calibration")
+    text.add_argument(
+        "--calibration", metavar="PATH|DATASET", help="text file, .jsonl, .parquet, NAME:CONFIG:SPLIT, or offline"
+    )
+    text.add_argument("--calibration-tokens", type=int, metavar="N", help="how many tokens (65536)")
+    text.add_argument("--sequence-length", type=int, metavar="L", help="tokens per window (512)")
+    text.add_argument("--seed", type=int, metavar="S", help="draws the windows (0)")
+    out = main.add_argument_group("output")
+    out.add_argument("--output", type=Path, metavar="DIR", help="./MODEL-RECIPE-RATIO by default")
+    out.add_argument("--export", choices=CHOICES["export"], help="factored (small) or dense (stock architecture)")
+    out.add_argument("--evaluate", metavar="PRESET|TASKS", help="quick, lm-eval tasks by comma, or none")
+    job = main.add_argument_group("the job")
+    job.add_argument("--work-dir", type=Path, metavar="DIR", help="where finished layers are kept (OUTPUT.work)")
+    job.add_argument("--fresh", action="store_true", help="forget earlier work and replace an earlier output")
+    job.add_argument("--dry-run", action="store_true", help="validate, print the plan, and stop")
+    job.add_argument("--dtype", choices=CHOICES["dtype"], help="in which layers are run (auto)")
+    job.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the source")
+    return main
+
+
+def list_recipes() -> None:
+    """One line a recipe."""
+    from compress.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        print(f"{recipe.name:<12} {recipe.summary} ({recipe.paper})")
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """Options to a request, and do it."""
+    from checkpoint.errors import UserError
+    from compress.pipeline import Request
+    from compress.pipeline import run as run_request
+    from compress.recipe import CHOICES, load_recipe
+
+    fields = (*CHOICES, "calibration", "calibration_tokens", "sequence_length", "seed", "evaluate")
+    recipe = load_recipe(options.recipe).override({field: getattr(options, field, None) for field in fields})
+    if not options.model or not options.target_ratio:
+        raise UserError("--model and --target-ratio are needed; see --help")
+    ratios = tuple(dict.fromkeys(options.target_ratio))
+    suffix = f"-{ratios[0]:.2f}" if len(ratios) == 1 else ""
+    name = Path(options.model.rstrip("/")).name or "model"
+    output = options.output or Path(f"{name}-{recipe.name}{suffix}")
+    work = options.work_dir or output.with_name(output.name + ".work")
+    run_request(
+        Request(
+            model=options.model,
+            ratios=ratios,
+            recipe=recipe,
+            output=output,
+            work_dir=work,
+            fresh=options.fresh,
+            dry_run=options.dry_run,
+            trust_remote_code=options.trust_remote_code,
+            command=command,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parser().parse_args(given)
+        if options.list_recipes:
+            list_recipes()
+            return 0
+        from checkpoint.errors import UserError
+        from eval.quiet import quiet_libraries
+
+        quiet_libraries()
+    except KeyboardInterrupt:
+        return 130
+    try:
+        run(options, shlex.join(["python", "run_pipeline.py", *given]))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: the disk is full ({problem.filename or 'while writing'}); free some room and repeat the command",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last finished layer", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

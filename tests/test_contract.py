@@ -1,0 +1,157 @@
+"""Every architecture: streamed states are the model's own, full rank gives the model back, and the result loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from transformers import AutoModelForCausalLM
+
+from calibration.structure import discover
+from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
+from calibration.windows import Windows
+from checkpoint.source import Source
+from compress import driver, pipeline
+from compress.parts import LowRank
+from compress.plan import make_plan
+from compress.recipe import load_recipe
+
+LENGTH = 24
+
+
+def opened_source(directory: Path):
+    source = Source(directory, torch.float32)
+    return source, discover(source)
+
+
+def make_windows(count: int = 6) -> Windows:
+    generator = torch.Generator().manual_seed(3)
+    return Windows(torch.randint(3, zoo.VOCABULARY, (count, LENGTH), generator=generator), {})
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_streamed_hidden_states_are_those_of_the_whole_model(models, name, tmp_path):
+    source, structure = opened_source(models(name))
+    windows = make_windows()
+    whole = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32).eval()
+    batches = [windows.ids[:4], windows.ids[4:]]
+    expected: list[list[torch.Tensor]] = [[] for _ in structure.layers]
+    for index, layer in enumerate(structure.layers):
+        whole.get_submodule(layer.path).register_forward_pre_hook(
+            lambda _, args, kwargs, index=index: expected[index].append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        logits = [whole(batch, use_cache=False).logits for batch in batches]
+    sweep = Sweep(source, structure, windows, tmp_path / "hidden", micro_batch=4)
+    sweep.embed()
+    for layer in structure.layers[:-1]:
+        with opened(source, layer) as open_layer:
+            sweep.advance(open_layer)
+    for index in range(len(structure.layers)):
+        stored = torch.frombuffer(bytearray(sweep.path(index).read_bytes()), dtype=torch.float32)
+        assert torch.equal(stored, torch.cat(expected[index]).flatten()), f"input of layer {index}"
+    assert torch.equal(streamed_logits(source, structure, batches[0], lambda _: None), logits[0])
+    assert all(parameter.is_meta for parameter in source.model.parameters()), "everything was evicted"
+
+
+@pytest.mark.parametrize("recipe_name", ["svd-llm", "llm-rom"])
+@pytest.mark.parametrize("name", zoo.CONTRACT)
+def test_full_rank_reproduces_the_logits(models, name, recipe_name, tmp_path):
+    source, structure = opened_source(models(name))
+    plan = make_plan(source, structure, load_recipe(recipe_name).override({"ratio_scope": "decoder"}), 0.8, "")
+    windows = make_windows()
+    needs = frozenset({"second"})
+    parts: dict[str, LowRank] = {}
+    sweep = Sweep(source, structure, windows, tmp_path / "hidden", micro_batch=4)
+    sweep.embed()
+    for layer in structure.layers:
+        with opened(source, layer) as open_layer:
+            moments = sweep.collect(open_layer, layer.groups, needs, advance=True)
+            for linear in layer.linears:
+                full = min(linear.d_out, linear.d_in)
+                factors = driver.decompose(plan, open_layer, linear, moments[linear.local], full)
+                parts[linear.name] = LowRank(factors.a.float(), factors.b.float())
+
+    def prepare(open_layer: OpenLayer) -> None:
+        for linear in open_layer.layer.linears:
+            driver.install(plan, open_layer, linear, parts[linear.name])
+
+    whole = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = whole(windows.ids[:2], use_cache=False).logits
+    logits = streamed_logits(source, structure, windows.ids[:2], prepare)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+USE = """
+import json, sys, torch
+from pathlib import Path
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+found = {}
+for directory in sys.argv[2:]:
+    load = lambda where: AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, output_loading_info=True)
+    model, info = load(directory)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        again_at = Path(sys.argv[1]) / Path(directory).name
+        model.save_pretrained(again_at)
+        again, again_info = load(again_at)
+        same = torch.equal(again(ids).logits, logits)
+    base = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    keys = [list(map(str, i[k])) for i in (info, again_info) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+    found[directory] = {
+        "keys": sum(keys, []), "finite": bool(torch.isfinite(logits).all()), "generated": generated.shape[1],
+        "same": same, "type": model.config.model_type, "base": type(base).__name__,
+        "factored": sum(type(m).__name__ == "FactoredLinear" for m in model.modules()),
+        "tokens": AutoTokenizer.from_pretrained(directory)("ab")["input_ids"],
+    }
+print(json.dumps(found))
+"""
+
+
+def test_compressed_checkpoints_load_generate_and_save_again(models, text, tmp_path):
+    """All architectures in one fresh process, after the run's own check in a process each."""
+    outputs = []
+    for name in zoo.ARCHITECTURES:
+        recipe = load_recipe("llm-rom" if name in ("gpt2", "falcon", "mixtral") else "svd-llm").override(
+            {
+                **{"calibration": str(text), "calibration_tokens": 2048, "sequence_length": 64},
+                **{"evaluate": "none", "ratio_scope": "decoder"},
+            }
+        )
+        output = tmp_path / name
+        pipeline.run(pipeline.Request(str(models(name)), (0.8,), recipe, output, tmp_path / f"{name}.work"))
+        outputs.append(output)
+        report = json.loads((output / "report.json").read_text())
+        assert abs(report["sizes"]["achieved_ratio"] - 0.8) <= 0.005
+        assert bool(report["left_dense"]) == (name == "mixtral"), "what is left dense is listed"
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path / "again"), *map(str, outputs)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for output in outputs:
+        what = found[str(output)]
+        assert what["keys"] == [] and what["finite"] and what["same"] and what["generated"] == 9, what
+        assert what["type"].startswith("layerpress_") and what["base"] == "LayerpressModel" and what["factored"] > 0, (
+            what
+        )
+        assert len(what["tokens"]) == 2
+
+
+def test_without_the_flag_the_checkpoint_says_what_it_needs(models, text, tmp_path):
+    recipe = load_recipe("svd").override({"evaluate": "none", "ratio_scope": "decoder"})
+    pipeline.run(pipeline.Request(str(models("llama")), (0.7,), recipe, tmp_path / "out", tmp_path / "work"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
