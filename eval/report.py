@@ -86,7 +86,7 @@ Recipe `{recipe["name"]}` ({recipe["summary"]}; {recipe["paper"]}), asked for {r
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 ```
 
 ## Size
