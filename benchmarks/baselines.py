@@ -53,7 +53,13 @@ def main() -> None:
             report = json.loads((output / "report.json").read_text())
             if not rows:
                 names = [Path(item.text).name for item in dense.perplexities]
-                rows.append(["method", "ratio", *[f"{name}: {what}" for name in names for what in ("perplexity", "excess", "x dense")]])
+                rows.append(
+                    [
+                        "method",
+                        "ratio",
+                        *[f"{name}: {what}" for name in names for what in ("perplexity", "excess", "x dense")],
+                    ]
+                )
                 rows[0] += ["seconds", "peak MB"]
                 figures = [(f"{item.perplexity:.2f}", "0", "1") for item in dense.perplexities]
                 rows.append(["dense", "1", *[cell for triple in figures for cell in triple], "", ""])
@@ -63,8 +69,12 @@ def main() -> None:
                 cells.append(f"{after.perplexity / before.perplexity:.3g}")
             rows.append([*cells, f"{report['run']['seconds']:.0f}", f"{report['run']['peak_memory_bytes'] / 1e6:.0f}"])
     tokens = report["calibration"] or {"tokens": 0, "text": "no"}
-    print(f"\n{model.name}, decoder scope, {tokens['tokens']:,} calibration tokens of {Path(tokens['text']).name}, seed 0;")
-    print(f"perplexity in {options.windows} windows of 1024; {platform.machine()}, {report['run']['threads']} threads, {compressed.dtype}\n")
+    print(
+        f"\n{model.name}, decoder scope, {tokens['tokens']:,} calibration tokens of {Path(tokens['text']).name}, seed 0;"
+    )
+    print(
+        f"perplexity in {options.windows} windows of 1024; {platform.machine()}, {report['run']['threads']} threads, {compressed.dtype}\n"
+    )
     for row in rows:
         print("| " + " | ".join(row) + " |")
         if row is rows[0]:

@@ -136,6 +136,10 @@ def make_windows(tokenizer: Any, calibration: str, tokens: int, length: int, see
         characters += len(piece)
         if len(stream) >= POOL * wanted * length:
             break
+    if not stream:
+        raise UserError(
+            f"the tokenizer gives no token for {calibration}; is the text empty, or are the tokenizer's files missing?"
+        )
     available = len(stream) // length
     if available < wanted:
         raise UserError(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from checkpoint.memory import peak_bytes
+
 # relative to the largest logit; in bfloat16 the same products may be summed in another order
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -96,7 +98,7 @@ def main() -> int:
         getattr(torch, arguments.dtype),
         arguments.trust_remote_code,
     )
-    print(json.dumps({"problem": problem}))
+    print(json.dumps({"problem": problem, "peak_bytes": peak_bytes()}))
     return 1 if problem else 0
 
 

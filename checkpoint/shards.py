@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.errors import UserError
+from checkpoint.memory import release_memory
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -132,4 +133,6 @@ def verify_weights(tensors: dict[str, StoredTensor]) -> str:
                 )
             digest.update(f"{key}|{item.dtype}|{item.shape}\n".encode())
             digest.update(as_bytes(flat))
+        del tensor, flat
+        release_memory()
     return digest.hexdigest()

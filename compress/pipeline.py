@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from calibration.windows import Windows, make_windows
 from checkpoint.errors import UserError
 from checkpoint.files import fsync_directory, fsync_file
+from checkpoint.memory import peak_bytes
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.workdir import WorkDirectory
 from compress import driver
 from compress.methods import METHODS
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
-from compress.progress import Stage, children_peak_bytes, peak_bytes, say
+from compress.progress import Stage, say
 from compress.recipe import Recipe
 from eval.report import REPORT, add_evaluation, write_report
 
@@ -204,7 +205,7 @@ def produce(
     stage, written = driver.write(plan, work, partial)
     stages.append(stage)
     with Stage("checking", 1, "checkpoint") as stage:
-        check_written(plan, work, partial)
+        check_peak = check_written(plan, work, partial)
         stage.step()
     stages.append(stage)
     write_report(
@@ -221,7 +222,7 @@ def produce(
             "seconds": round(time.monotonic() - started, 1),
             "bytes_written": written,
             "peak_memory_bytes": peak_bytes(),
-            "check_peak_memory_bytes": children_peak_bytes(),
+            "check_peak_memory_bytes": check_peak,
             "planned_memory_bytes": plan.estimate.memory_bytes,
         },
     )
@@ -245,8 +246,11 @@ def publish_directory(partial: Path, output: Path) -> None:
         shutil.rmtree(old)
 
 
-def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> None:
-    """Load ``directory`` in a fresh process and compare logits and token ids (RuntimeError if they differ)."""
+def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
+    """Load ``directory`` in a fresh process and compare logits and token ids (RuntimeError if they differ).
+
+    Returns the peak memory of that process in bytes.
+    """
     from transformers import AutoTokenizer
 
     vocabulary = plan.source.config.get_text_config().vocab_size
@@ -283,6 +287,7 @@ def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> None:
     if done.returncode:
         told = done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:]
         raise RuntimeError(f"the written checkpoint {directory} does not load as it should: {' '.join(told)}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
 
 
 def child_environment() -> dict[str, str]:

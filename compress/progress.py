@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
-
-def peak_bytes() -> int:
-    """The largest resident memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def children_peak_bytes() -> int:
-    """The largest resident memory that any finished child process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+from checkpoint.memory import peak_bytes
 
 
 def say(text: str) -> None:

@@ -45,17 +45,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME|FILE",
         help="texts for perplexity: boolq-validation, sciq-validation (both by default), or UTF-8 files",
     )
-    parser.add_argument(
-        "--windows", type=_positive, default=QUICK.max_windows, metavar="N", help="windows a text (16)"
-    )
+    parser.add_argument("--windows", type=_positive, default=QUICK.max_windows, metavar="N", help="windows a text (16)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="documents a task")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the figures as JSON")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the model code that --model brings"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="show the libraries' own logs and progress bars"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model code that --model brings")
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs and progress bars")
     return parser.parse_args(arguments)
 
 

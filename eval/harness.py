@@ -26,18 +26,14 @@ def task_manager(tasks: Sequence[str], online: bool = False) -> TaskManager:
     """
     offline = [not online and task in TASKS for task in tasks]
     # Reading lm-eval's thousands of own files takes seconds, so only where one of them is asked for.
-    manager = TaskManager(
-        include_path=ensure("tasks") if any(offline) else None, include_defaults=not all(offline)
-    )
+    manager = TaskManager(include_path=ensure("tasks") if any(offline) else None, include_defaults=not all(offline))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(f"lm-eval has no task {', '.join(unknown)}: see `lm_eval ls tasks`")
     try:
         manager.load(list(tasks))
     except (ConnectionError, FileNotFoundError) as error:
-        raise UserError(
-            f"{error}: evaluate offline tasks ({', '.join(TASKS)}), or mend the network"
-        ) from error
+        raise UserError(f"{error}: evaluate offline tasks ({', '.join(TASKS)}), or mend the network") from error
     return manager
 
 

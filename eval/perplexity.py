@@ -21,9 +21,7 @@ from eval.texts import Text
 _ROWS = 128
 
 
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, text: Text, window: int, max_windows: int | None
-) -> torch.Tensor:
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, window: int, max_windows: int | None) -> torch.Tensor:
     """The text's first windows as ids ``(windows, window)``; UserError where it does not fill one."""
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // window

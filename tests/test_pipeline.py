@@ -1,0 +1,202 @@
+"""The command as a user meets it: resume, repeat, ratios, exports, several texts, bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run_pipeline
+from calibration.structure import discover
+from calibration.windows import make_windows
+from checkpoint.source import Source
+from checkpoint.workdir import WorkDirectory
+from compress.plan import make_plan
+from compress.recipe import load_recipe
+
+ROOT = Path(run_pipeline.__file__).parent
+SMALL = ["--calibration-tokens", "1024", "--sequence-length", "64", "--evaluate", "none", "--ratio-scope", "decoder"]
+
+
+def flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model",
+        str(model),
+        "--calibration",
+        str(text),
+        "--output",
+        str(output),
+        "--target-ratio",
+        "0.7",
+        *SMALL,
+        *more,
+    ]
+
+
+def content(directory: Path) -> dict[str, str]:
+    """Hashes of the files that make the checkpoint."""
+    files = [
+        path for path in directory.iterdir() if path.suffix in (".safetensors", ".py") or path.name == "config.json"
+    ]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("recipe", ["svd-llm", "llm-rom"])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(models, text, tmp_path, monkeypatch, recipe):
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "whole", "--recipe", recipe)) == 0
+    put = WorkDirectory.put
+    recorded = []
+
+    def interrupted(self, stage, index, tensors, notes):
+        put(self, stage, index, tensors, notes)
+        recorded.append(index)
+        if recorded == [0, 1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkDirectory, "put", interrupted)
+    arguments = flags(models("llama"), text, tmp_path / "out", "--recipe", recipe)
+    assert run_pipeline.main(arguments) == 130
+    assert not (tmp_path / "out").exists()
+    assert run_pipeline.main(arguments) == 0
+    assert recorded == [0, 1, 2], "finished layers are not done again"
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_killed_for_real(models, text, tmp_path):
+    """SIGKILL as soon as the first layer is recorded; the same command ends in the same bytes."""
+    arguments = flags(models("qwen2"), text, tmp_path / "out")
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    first = tmp_path / "out.work" / "factors" / "0000.safetensors"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run_pipeline.main(flags(models("qwen2"), text, tmp_path / "whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_repeating_is_free_and_changing_is_refused(models, text, tmp_path, capsys):
+    arguments = flags(models("llama"), text, tmp_path / "out")
+    assert run_pipeline.main(arguments) == 0
+    before = content(tmp_path / "out")
+    assert run_pipeline.main(arguments) == 0
+    assert "already done" in capsys.readouterr().err
+    assert run_pipeline.main([*arguments, "--seed", "5"]) == 2
+    assert "seed was 0, is 5" in capsys.readouterr().err
+    assert content(tmp_path / "out") == before
+    assert run_pipeline.main([*arguments, "--seed", "5", "--fresh"]) == 0
+    assert content(tmp_path / "out") != before
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out.old").exists()
+
+
+def test_several_ratios_share_the_work_and_equal_single_runs(models, text, tmp_path):
+    arguments = flags(models("llama"), text, tmp_path / "all")
+    arguments[arguments.index("0.7")] = "0.8"
+    arguments.insert(arguments.index("0.8") + 1, "0.6")
+    assert run_pipeline.main(arguments) == 0
+    single = flags(models("llama"), text, tmp_path / "one", "--work-dir", str(tmp_path / "all.work"))
+    single[single.index("0.7")] = "0.6"
+    assert run_pipeline.main(single) == 0
+    assert content(tmp_path / "all" / "ratio-0.60") == content(tmp_path / "one")
+    assert content(tmp_path / "all" / "ratio-0.80") != content(tmp_path / "one")
+
+
+def test_dense_export_is_the_stock_model(models, text, tmp_path):
+    for name in ("gpt2", "llama", "falcon", "mixtral"):
+        assert run_pipeline.main(flags(models(name), text, tmp_path / name, "--export", "dense")) == 0
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert model.config.model_type == AutoModelForCausalLM.from_pretrained(models(name)).config.model_type
+        before, after = (load_file(directory / "model.safetensors") for directory in (models(name), tmp_path / name))
+        assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
+        changed = [key for key in before if not torch.equal(before[key], after[key])]
+        assert changed and all(before[key].dim() == 2 for key in changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharded_half_precision_sources(text, tmp_path, dtype):
+    source = zoo.write_model(tmp_path / "source", "mistral", dtype, shard_size="100KB")
+    assert len(list(source.glob("*.safetensors"))) >= 2
+    assert run_pipeline.main(flags(source, text, tmp_path / "out")) == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype}  # noqa: SIM118
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert report["sizes"]["bytes_after"] == report["run"]["bytes_written"] == size
+
+
+@pytest.mark.parametrize("scope", ["decoder", "model"])
+@pytest.mark.parametrize("ratio", [0.9, 0.8, 0.6, 0.4])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_asked_ratio_is_met(tmp_path_factory, name, ratio, scope):
+    directory = tmp_path_factory.getbasetemp() / f"ratio-{name}"
+    if not directory.exists():
+        zoo.write_model(
+            directory, name, **({"n_embd": 96} if name == "gpt2" else {"hidden_size": 96, "intermediate_size": 224})
+        )
+    source = Source(directory, torch.float32)
+    plan = make_plan(source, discover(source), load_recipe("svd").override({"ratio_scope": scope}), ratio, "")
+    assert abs(plan.sizes.achieved_ratio - ratio) <= 0.005
+
+
+def test_the_plan_says_what_the_report_says_and_a_dry_run_leaves_nothing(models, text, tmp_path, capsys):
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "out", "--dry-run")) == 0
+    told = capsys.readouterr().err
+    assert "asked 0.7 of the decoder" in told and list(tmp_path.iterdir()) == []
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "out")) == 0
+    sizes = json.loads((tmp_path / "out" / "report.json").read_text())["sizes"]
+    assert f"planned {sizes['achieved_ratio']:.4f}" in told
+    rows = (tmp_path / "out" / "matrices.csv").read_text().splitlines()
+    assert len(rows) == 1 + 21 and rows[0].startswith("layer,matrix,d_out,d_in,rank")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "Not evaluated" in card
+
+
+def test_text_files_of_every_kind_give_the_same_kind_of_windows(models, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    documents = ["the first one " * 60, "and another " * 80]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": item, "id": 1}) + "\n" for item in documents))
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
+    (tmp_path / "a.md").write_text("".join(item + "\n\n" for item in documents))
+    made = [make_windows(tokenizer, str(tmp_path / name), 640, 64, 3, 272) for name in ("a.jsonl", "a.parquet", "a.md")]
+    assert made[0].tokens == 640 and all(torch.equal(made[0].ids, other.ids) for other in made)
+    assert made[0].provenance["token_ids_sha256"] == made[1].provenance["token_ids_sha256"]
+    other = make_windows(tokenizer, str(tmp_path / "a.md"), 640, 64, 4, 272)
+    assert not torch.equal(other.ids, made[0].ids), "the seed draws the windows"
+
+
+def peak_of(directory: Path, text: Path, output: Path) -> int:
+    arguments = flags(directory, text, output, "--recipe", "llm-rom", "--calibration-tokens", "2048")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    subprocess.run(
+        [sys.executable, str(ROOT / "run_pipeline.py"), *arguments], check=True, capture_output=True, env=environment
+    )
+    return json.loads((output / "report.json").read_text())["run"]["peak_memory_bytes"]
+
+
+def test_memory_does_not_grow_with_depth(text, tmp_path):
+    """24 more layers are 160 MB more weights; the peak differs by less than 5 %."""
+    peaks = []
+    for depth in (8, 32):
+        wide = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": depth, "num_attention_heads": 8}
+        source = zoo.write_model(tmp_path / f"source-{depth}", "llama", torch.bfloat16, **wide)
+        peaks.append(peak_of(source, text, tmp_path / f"out-{depth}"))
+    assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0], peaks
