@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--ratio-scope", choices=CHOICES["ratio_scope"], help="what R counts: the whole model, or the decoder's linears"
     )
-    what.add_argument("--recipe", default="svd-llm", metavar="NAME|FILE", help="the method (%(default)s)")
+    what.add_argument("--recipe", default="loss-aware", metavar="NAME|FILE", help="the method (%(default)s)")
     what.add_argument("--allocation", choices=CHOICES["allocation"], help="how ranks are shared out")
     what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     text = main.add_argument_group("calibration")
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--calibration-tokens", type=int, metavar="N", help="how many tokens (65536)")
     text.add_argument("--sequence-length", type=int, metavar="L", help="tokens per window (512)")
+    text.add_argument(
+        "--fisher", choices=CHOICES["fisher"], help="labels of the loss gradient: drawn from the model, or the text's"
+    )
     text.add_argument("--seed", type=int, metavar="S", help="draws the windows (0)")
     out = main.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="./MODEL-RECIPE-RATIO by default")
@@ -107,15 +110,15 @@ def run(options: argparse.Namespace, command: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    from eval.quiet import quiet_libraries
+
+    quiet_libraries()  # before anything imports those libraries
     try:
         options = parser().parse_args(given)
         if options.list_recipes:
             list_recipes()
             return 0
         from checkpoint.errors import UserError
-        from eval.quiet import quiet_libraries
-
-        quiet_libraries()
     except KeyboardInterrupt:
         return 130
     try:

@@ -47,10 +47,8 @@ def main() -> None:
         planned, peak, check = (
             run[key] / 1e6 for key in ("planned_memory_bytes", "peak_memory_bytes", "check_peak_memory_bytes")
         )
-        print(
-            f"| {layers} | {shape['hidden']} | {tokens} | {size / 1e6:.0f} | {planned:.0f} | {peak:.0f} | {check:.0f} | {run['seconds']:.0f} |",
-            flush=True,
-        )
+        cells = [layers, shape["hidden"], tokens, *(f"{value:.0f}" for value in (size / 1e6, planned, peak, check, run["seconds"]))]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
         shutil.rmtree(source)
 
 

@@ -2,17 +2,19 @@
 
 This is what passes from calibration to compress. Only the smaller side is kept: the input's
 ``C = E[x x^T]`` where some linear of the group is no wider than tall, else each output's
-``S = E[y y^T] = W C W^T`` (without the bias).
+``S = E[y y^T] = W C W^T`` (without the bias). Gradient moments are kept on the smaller side too: ``G = E[g g^T]`` of a
+wide linear, ``P = W^T G W`` of a tall one, as the second moment of ``W^T g``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
 
@@ -23,6 +25,9 @@ class Moments:
 
     ``input``: ``(d_in, d_in)`` or None; ``output``: ``(d_out, d_out)`` or None; ``mean_absolute``:
     ``(d_in,)`` or None; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input moment's diagonal.
+
+    Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
+    ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``.
     """
 
     tokens: int
@@ -30,6 +35,10 @@ class Moments:
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     mean_absolute: torch.Tensor | None = None
+    gradient_tokens: int = 0
+    gradient_power: float = 0.0
+    gradient: torch.Tensor | None = None
+    pulled: torch.Tensor | None = None
 
     def of_output(self, weight: torch.Tensor) -> torch.Tensor:
         """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
@@ -38,6 +47,12 @@ class Moments:
         if self.output is None:
             raise ValueError("no second moment was collected")
         return self.output.double()
+
+
+def module_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight as ``(d_out, d_in)``: a view, transposed for transformers' Conv1D."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def has_bfloat16_products() -> bool:
@@ -70,7 +85,8 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 class GroupCollector:
     """Sums the moments of one group of linears that share an input, through forward hooks.
 
-    ``needs`` names what the method uses: ``second`` and ``mean_absolute``.
+    ``needs`` names what the method uses: ``second``, ``mean_absolute`` and ``gradient``; the last sees gradients
+    where the layer is run under autograd.
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str]) -> None:
@@ -84,6 +100,11 @@ class GroupCollector:
         self._input = torch.zeros(width, width) if second and at_input else None
         self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if second and not at_input else {}
         self._absolute = torch.zeros(width) if "mean_absolute" in needs else None
+        self._gradients = {
+            name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
+        }
+        self._gradient_tokens = dict.fromkeys(self._gradients, 0)
+        self._gradient_power = dict.fromkeys(self._gradients, 0.0)
 
     def hooks(self, modules: dict[str, torch.nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
         """Register on the group's modules; the caller removes the handles."""
@@ -94,7 +115,15 @@ class GroupCollector:
                     lambda module, _, y, name=name: self.see_output(name, y, module.bias)
                 )
             )
+        for name in self._gradients:
+            handles.append(
+                modules[name].register_forward_hook(lambda module, _, y, name=name: self._watch(name, module, y))
+            )
         return handles
+
+    def _watch(self, name: str, module: torch.nn.Module, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda g: self.see_gradient(name, g, module_weight(module)))
 
     @torch.no_grad()
     def see_input(self, x: torch.Tensor) -> None:
@@ -113,18 +142,33 @@ class GroupCollector:
         rows = y.reshape(-1, y.shape[-1])
         add_gram(self._outputs[name], rows if bias is None else rows - bias)
 
+    @torch.no_grad()
+    def see_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add a batch of output gradients ``(..., d_out)``, pulled back through ``weight`` where that is smaller."""
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        d_out, d_in = self._sizes[name]
+        self._gradient_tokens[name] += rows.shape[0]
+        self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
+        add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
+
     def moments(self) -> dict[str, Moments]:
         """Per linear of the group; members share the tensors of the input side."""
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input / count
         absolute = None if self._absolute is None else self._absolute / count
-        return {
-            name: Moments(
-                self._tokens,
-                self._power / count,
-                shared,
-                self._outputs[name] / count if name in self._outputs else None,
-                absolute,
-            )
-            for name in self._sizes
-        }
+        found = {}
+        for name, (d_out, d_in) in self._sizes.items():
+            output = self._outputs[name] / count if name in self._outputs else None
+            moments = Moments(self._tokens, self._power / count, shared, output, absolute)
+            if name in self._gradients:
+                seen = max(self._gradient_tokens[name], 1)
+                second = self._gradients[name] / seen
+                moments = replace(
+                    moments,
+                    gradient_tokens=self._gradient_tokens[name],
+                    gradient_power=self._gradient_power[name] / seen,
+                    gradient=second if d_out <= d_in else None,
+                    pulled=None if d_out <= d_in else second,
+                )
+            found[name] = moments
+        return found

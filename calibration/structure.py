@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calibration.moments import module_weight
 from checkpoint.errors import UserError
 from checkpoint.source import Source
 
@@ -94,12 +95,6 @@ class Structure:
     def linears(self) -> list[Linear]:
         """All linears of the decoder in running order."""
         return [linear for layer in self.layers for linear in layer.linears]
-
-
-def module_weight(module: nn.Module) -> torch.Tensor:
-    """The weight as ``(d_out, d_in)``: a view, transposed for transformers' Conv1D."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @contextmanager

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from calibration.labels import Labels, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import GroupCollector, Moments
 from calibration.store import HiddenStates
 from calibration.structure import Group, Layer, Stop, Structure, first_of, patched_forwards, split_call
@@ -63,7 +64,7 @@ class Replay:
         return caught[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of the last layer's output; the back's weights must be loaded.
+        """Logits of the last layer's output, differentiable under autograd; the back's weights must be loaded.
 
         The front runs on zeros where its weights are not loaded: what it gives is thrown away.
         """
@@ -71,7 +72,7 @@ class Replay:
         def stub(*args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self.structure.returns_tuple else hidden
 
-        with self.source.zeros(self.structure.front), torch.no_grad():
+        with self.source.zeros(self.structure.front):
             ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
             with patched_forwards(self._modules, [stub] * len(self._modules)):
                 return self.source.model(input_ids=ids, use_cache=False).logits
@@ -156,7 +157,6 @@ class Sweep:
         self._source, self._structure, self._ids = source, structure, windows.ids
         self._directory, self._micro_batch = directory, micro_batch
         self._replay = Replay(source, structure, windows.ids.shape[1])
-        self._width = 0
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
@@ -168,7 +168,7 @@ class Sweep:
         if self.path(0).exists():
             return
         with self._source.loaded(self._structure.front):
-            self._produce(0, lambda first, count: self._replay.embed(self._ids[first : first + count]))
+            self._produce(self.path(0), lambda first, count: self._replay.embed(self._ids[first : first + count]))
 
     def collect(
         self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], advance: bool
@@ -179,13 +179,9 @@ class Sweep:
         each pass stops as soon as the groups have run.
         """
         wanted = list(groups)
-        collectors = [
-            GroupCollector({item.local: (item.d_out, item.d_in) for item in group.linears}, needs) for group in wanted
-        ]
-        modules = {item.local: open_layer.linear(item.local) for group in wanted for item in group.linears}
-        handles = [handle for collector in collectors for handle in collector.hooks(modules)]
+        collectors, handles = self._collectors(open_layer, wanted, needs)
         if not advance:
-            handles.append(modules[wanted[-1].linears[-1].local].register_forward_hook(_stop))
+            handles.append(open_layer.linear(wanted[-1].linears[-1].local).register_forward_hook(_stop))
         try:
             if advance:
                 self.advance(open_layer)
@@ -196,15 +192,87 @@ class Sweep:
                 handle.remove()
         return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
+    def _collectors(
+        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str]
+    ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
+        """A collector for each group, and the hooks that feed them."""
+        collectors: list[GroupCollector] = []
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        for group in groups:
+            collectors.append(GroupCollector({item.local: (item.d_out, item.d_in) for item in group.linears}, needs))
+            handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
+        return collectors, handles
+
     def advance(self, open_layer: OpenLayer) -> None:
         """Run the layer as it stands over all windows and store the next layer's input."""
         index = open_layer.layer.index
-        with self._open(index) as states:
-            self._produce(index + 1, lambda first, count: self._replay.run_layer(index, states.read(first, count)))
+        with self._open(self.path(index)) as states:
+            self._produce(
+                self.path(index + 1), lambda first, count: self._replay.run_layer(index, states.read(first, count))
+            )
 
     def forget(self, index: int) -> None:
-        """Delete the stored input of layer ``index``."""
+        """Delete the stored input of layer ``index``, and the gradient at it."""
         self.path(index).unlink(missing_ok=True)
+        self.gradient_path(index).unlink(missing_ok=True)
+
+    def gradient_path(self, index: int) -> Path:
+        """The file of the loss gradient at layer ``index``'s input (after the last layer: at its output)."""
+        return self._directory / f"gradient-{index:04d}.bin"
+
+    def start_backward(self, windows: int, fisher: str, seed: int) -> None:
+        """Write the loss gradient at the last layer's output for the first ``windows`` windows, unless it is there.
+
+        ``fisher`` is ``sampled`` (labels drawn from the model per seed, window and position) or ``empirical``.
+        """
+        index = len(self._structure.layers)
+        if self.gradient_path(index).exists():
+            return
+        length = self._ids.shape[1]
+
+        def labels(window: int) -> Labels:
+            if fisher == "empirical":
+                following = next_tokens(self._ids[window])
+                return lambda _, first, last: following[first:last]
+            drawn = uniforms(seed, window, length)
+            return lambda logits, first, last: sample(logits, drawn[first:last])
+
+        with self._source.loaded(self._structure.back), self._open(self.path(index)) as states:
+
+            def gradients(first: int, count: int) -> torch.Tensor:
+                hidden = states.read(first, count)
+                vocabulary = self._source.config.get_text_config().vocab_size
+                rows = [
+                    loss_gradient(self._replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)
+                ]
+                return torch.stack(rows)
+
+            self._produce(self.gradient_path(index), gradients, windows)
+
+    def collect_backward(self, open_layer: OpenLayer, needs: frozenset[str], windows: int) -> dict[str, Moments]:
+        """Run the layer under autograd on its stored inputs and output gradients; store the gradient at its input.
+
+        The first ``windows`` windows go backward; the others only add to the moments of the activations.
+        """
+        index = open_layer.layer.index
+        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs)
+        with ExitStack() as stack:
+            for handle in handles:
+                stack.callback(handle.remove)
+            states = stack.enter_context(self._open(self.path(index)))
+            above = stack.enter_context(self._open(self.gradient_path(index + 1), windows))
+
+            def backward(first: int, count: int) -> torch.Tensor:
+                hidden = states.read(first, count).clone().requires_grad_(True)
+                with torch.enable_grad():
+                    output = self._replay.run_layer(index, hidden)
+                return torch.autograd.grad(output, hidden, above.read(first, count))[0]
+
+            self._produce(self.gradient_path(index), backward, windows)
+            with torch.no_grad():
+                for first, count in self._batches(windows, len(self._ids)):
+                    self._replay.run_layer(index, states.read(first, count))
+        return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
     def close(self) -> None:
         """Delete what is stored: every layer is recorded."""
@@ -212,39 +280,35 @@ class Sweep:
 
     def _read_through(self, open_layer: OpenLayer) -> None:
         index = open_layer.layer.index
-        with self._open(index) as states, torch.no_grad():
-            for first, count in self._batches():
+        with self._open(self.path(index)) as states, torch.no_grad():
+            for first, count in self._batches(0, len(self._ids)):
                 try:
                     self._replay.run_layer(index, states.read(first, count))
                 except Stop:
                     continue
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        total = self._ids.shape[0]
-        for first in range(0, total, self._micro_batch):
-            yield first, min(self._micro_batch, total - first)
+    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Micro-batches ``(first window, count)`` of the windows from ``first`` to ``last``."""
+        for start in range(first, last, self._micro_batch):
+            yield start, min(self._micro_batch, last - start)
 
-    def _open(self, index: int, write: Path | None = None) -> HiddenStates:
-        windows, length = self._ids.shape
-        path = write or self.path(index)
-        if not self._width:
-            self._width = self.path(index).stat().st_size // (windows * length * self._source.compute_dtype.itemsize)
-        return HiddenStates(path, windows, length, self._width, self._source.compute_dtype, write is not None)
+    def _open(self, path: Path, windows: int | None = None) -> HiddenStates:
+        windows, length, dtype = windows or len(self._ids), self._ids.shape[1], self._source.compute_dtype
+        return HiddenStates(path, windows, length, path.stat().st_size // (windows * length * dtype.itemsize), dtype)
 
-    def _produce(self, index: int, make: Callable[[int, int], torch.Tensor]) -> None:
-        temporary = self.path(index).with_suffix(".tmp")
-        states = None
-        with torch.no_grad():
-            for first, count in self._batches():
-                hidden = make(first, count)
+    def _produce(self, path: Path, make: Callable[[int, int], torch.Tensor], windows: int | None = None) -> None:
+        """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; the name comes last."""
+        windows, length, dtype = windows or len(self._ids), self._ids.shape[1], self._source.compute_dtype
+        temporary = path.with_suffix(".tmp")
+        with torch.no_grad(), ExitStack() as stack:
+            states = None
+            for first, count in self._batches(0, windows):
+                made = make(first, count)
                 if states is None:
-                    self._width = hidden.shape[-1]
-                    states = self._open(index, write=temporary)
-                states.write(first, hidden)
-        assert states is not None
-        with states:
-            pass  # closing flushes to disk
-        os.replace(temporary, self.path(index))
+                    states = HiddenStates(temporary, windows, length, made.shape[-1], dtype, write=True)
+                    stack.enter_context(states)
+                states.write(first, made)
+        os.replace(temporary, path)
         fsync_directory(self._directory)
 
 

@@ -7,20 +7,21 @@ up to the break-even one, so that any ratio is a slice; the sequential walk keep
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calibration.moments import Moments
-from calibration.structure import Group, Layer, Linear, module_weight
+from calibration.moments import Moments, module_weight
+from calibration.structure import Group, Layer, Linear
 from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
 from calibration.windows import Windows
 from checkpoint.errors import UserError
 from checkpoint.sink import Replacement, factored_module, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
-from compress.methods import METHODS
+from compress.allocate import ALLOCATIONS
+from compress.methods import METHODS, NATS
 from compress.parts import Factors, LowRank
 from compress.plan import Plan
 from compress.progress import Stage
@@ -34,8 +35,11 @@ def stage_name(plan: Plan) -> str:
     return "factors" if plan.recipe.mode == "one-shot" else f"factors-{plan.recipe.ratio_scope}-{plan.ratio:g}"
 
 
-def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
+def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
     """Decompose every linear, layer by layer, skipping the layers that are recorded already."""
+    if "gradient" in METHODS[plan.recipe.decomposition].needs:
+        assert windows is not None
+        return _collect_backward(plan, windows, work)
     layers = plan.structure.layers
     stage_key = stage_name(plan)
     done = next((index for index in range(len(layers)) if not work.done(stage_key, index)), len(layers))
@@ -56,7 +60,78 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
             stage.step()
         if sweep:
             sweep.close()
-    return stage
+    return [stage]
+
+
+def _collect_backward(plan: Plan, windows: Windows, work: WorkDirectory) -> list[Stage]:
+    """Forward once, keeping every layer's input; then from the last layer to the first under autograd, decomposing."""
+    layers, recipe, stage_key = plan.structure.layers, plan.recipe, stage_name(plan)
+    sweep = Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{stage_key}", recipe.micro_batch)
+    waiting = [layer for layer in reversed(layers) if not work.done(stage_key, layer.index)]
+    with Stage("forward", len(layers)) as forward:
+        if len(waiting) == len(layers):
+            sweep.embed()
+            for layer in layers:
+                if not sweep.path(layer.index + 1).exists():
+                    with opened(plan.source, layer) as open_layer:
+                        sweep.advance(open_layer)
+                forward.step()
+        else:  # some layers were recorded: the forward pass was complete then
+            forward.step(len(layers))
+    with Stage("loss gradient", 1, "head") as head:
+        if len(waiting) == len(layers):
+            sweep.start_backward(recipe.gradient_windows, recipe.fisher, recipe.seed)
+        head.step()
+    with Stage("backward", len(layers)) as backward:
+        backward.step(len(layers) - len(waiting))
+        for layer in waiting:
+            with opened(plan.source, layer) as open_layer:
+                needs = METHODS[recipe.decomposition].needs
+                moments = sweep.collect_backward(open_layer, needs, recipe.gradient_windows)
+                tensors, notes = _decompose_linears(plan, open_layer, layer.linears, moments)
+            work.put(stage_key, layer.index, tensors, notes)
+            sweep.forget(layer.index + 1)
+            backward.step()
+        sweep.close()
+    return [forward, head, backward]
+
+
+def _decompose_linears(
+    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: Mapping[str, Moments]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Records and notes of the linears that can be factored, at the plan's ranks or (one-shot) at every rank that saves."""
+    tensors: dict[str, torch.Tensor] = {}
+    notes: dict[str, Any] = {}
+    for linear in linears:
+        started = time.monotonic()
+        rank = (plan.ranks[linear.name] or 0) if plan.recipe.mode == "sequential" else linear.largest_rank
+        if rank < 1:
+            continue  # stays dense
+        factors = decompose(plan, open_layer, linear, moments.get(linear.local, EMPTY), rank)
+        tensors |= {f"{linear.local}.{key}": value for key, value in _record(factors, linear).items()}
+        notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
+    return tensors, notes
+
+
+def choose(plan: Plan, work: WorkDirectory) -> Plan:
+    """The plan with its final ranks: where the allocation reads losses, they are in the records now."""
+    if not ALLOCATIONS[plan.recipe.allocation].reads_losses:
+        return plan
+    losses: dict[str, tuple[float, ...]] = {}
+    for layer in plan.structure.layers:
+        record = work.get(stage_name(plan), layer.index)
+        for linear in layer.linears:
+            if linear.largest_rank >= 1:
+                losses[linear.name] = tuple(record[f"{linear.local}.loss"].tolist())
+    return plan.with_ranks(losses)
+
+
+def predicted_loss(plan: Plan, work: WorkDirectory) -> float | None:
+    """Predicted KL(dense || compressed) in nats per token; None where the method's losses are in another unit."""
+    if METHODS[plan.recipe.decomposition].unit != NATS:
+        return None
+    parts = Parts(plan, work)
+    return sum(parts.loss(linear) for linear in plan.structure.linears)
 
 
 def _decompose_layer(
@@ -71,17 +146,14 @@ def _decompose_layer(
     rounds: Iterable[tuple[Group, ...]] = [(group,) for group in layer.groups] if sequential else [layer.groups]
     for groups in rounds:
         moments = sweep.collect(open_layer, groups, needs, advance=not sequential and not last) if sweep else {}
-        for linear in (item for group in groups for item in group.linears):
-            started = time.monotonic()
-            rank = (plan.ranks[linear.name] or 0) if sequential else linear.largest_rank
-            if rank < 1:
-                continue  # stays dense
-            factors = decompose(plan, open_layer, linear, moments.get(linear.local, EMPTY), rank)
-            tensors |= {f"{linear.local}.{key}": value for key, value in _record(factors, linear).items()}
-            notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
-            if sequential:
-                part = _slice(tensors, linear, rank)
-                install(plan, open_layer, linear, part)
+        linears = [item for group in groups for item in group.linears]
+        found, told = _decompose_linears(plan, open_layer, linears, moments)
+        tensors |= found
+        notes |= told
+        for linear in linears if sequential else []:
+            rank = plan.ranks[linear.name]
+            if rank is not None:
+                install(plan, open_layer, linear, _slice(tensors, linear, rank))
     if sequential and sweep and not last:
         sweep.advance(open_layer)
     return tensors, notes
@@ -131,6 +203,11 @@ class Parts:
         """The linear's factors at its planned rank; None where it stays dense."""
         rank = self._plan.ranks[linear.name]
         return None if rank is None else _slice(self._layer(linear.layer), linear, rank)
+
+    def loss(self, linear: Linear) -> float:
+        """The method's loss at the planned rank, in its own unit."""
+        rank = self._plan.ranks[linear.name]
+        return 0.0 if rank is None else float(self._layer(linear.layer)[f"{linear.local}.loss"][rank])
 
     def error(self, linear: Linear) -> float:
         """The method's relative error, ``(loss at the rank / loss of dropping all)^0.5``."""
@@ -208,6 +285,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
                     "parameters": dense if rank is None else rank * (linear.d_out + linear.d_in),
                     "kept": round(1.0 if rank is None else rank * (linear.d_out + linear.d_in) / dense, 4),
                     "relative_error": round(parts.error(linear), 6),
+                    "loss": float(f"{parts.loss(linear):.6g}"),
                     "seconds": notes.get(linear.local, {}).get("seconds", 0.0),
                 }
             )

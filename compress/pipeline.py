@@ -36,7 +36,16 @@ OFFLINE = "offline"
 CHECK_TOKENS = 16
 CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
 # fields of the recipe that change the recorded factors; the others change what is cut from them
-COLLECTED = ("decomposition", "mode", "damping", "calibration_tokens", "sequence_length", "seed")
+COLLECTED = (
+    "decomposition",
+    "mode",
+    "damping",
+    "fisher",
+    "gradient_tokens",
+    "calibration_tokens",
+    "sequence_length",
+    "seed",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -197,7 +206,11 @@ def produce(
     started: float,
 ) -> None:
     """Collect what is missing, write into OUTPUT.partial, check it in a fresh process, give it its name."""
-    stages.append(driver.collect(plan, windows, work))
+    stages += driver.collect(plan, windows, work)
+    plan = driver.choose(plan, work)
+    predicted = driver.predicted_loss(plan, work)
+    if predicted is not None:
+        say(f"predicted loss at {plan.ratio:g}: {predicted:.4f} nats per token")
     partial = output.with_name(output.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -214,6 +227,7 @@ def produce(
         fingerprint=identity,
         windows=None if windows is None else windows.provenance,
         rows=driver.matrix_rows(plan, work),
+        predicted=predicted,
         stages=[item.as_dict() for item in stages],
         run={
             "command": request.command,

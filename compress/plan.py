@@ -13,11 +13,13 @@ from calibration.structure import Layer, Structure, discover
 from checkpoint.errors import UserError
 from checkpoint.source import Source, read_config
 from checkpoint.workdir import free_bytes
+from compress.allocate import ALLOCATIONS
 from compress.methods import METHODS
 from compress.recipe import Recipe
 from compress.sizes import Sizes, choose_ranks, measure
 
 PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
+BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
 SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
 
 
@@ -32,7 +34,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated run: the source, its structure, ranks and sizes for one target ratio."""
+    """A validated run: the source, its structure, ranks and sizes for one target ratio.
+
+    Where the allocation reads losses, ranks and sizes are uniform ones until ``with_ranks`` puts the chosen in.
+    """
 
     source: Source
     structure: Structure
@@ -42,6 +47,10 @@ class Plan:
     sizes: Sizes
     estimate: Estimate
     dtype_reason: str
+
+    def with_ranks(self, losses: dict[str, tuple[float, ...]]) -> Plan:
+        """The plan with the ranks that its allocation chooses from the collected losses."""
+        return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, losses)
 
 
 def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple[torch.dtype, str]:
@@ -67,12 +76,22 @@ def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tup
     return source, discover(source), reason
 
 
-def make_plan(source: Source, structure: Structure, recipe: Recipe, ratio: float, reason: str) -> Plan:
+def make_plan(
+    source: Source,
+    structure: Structure,
+    recipe: Recipe,
+    ratio: float,
+    reason: str,
+    losses: dict[str, tuple[float, ...]] | None = None,
+) -> Plan:
     """Ranks, sizes and estimates for one target ratio (UserError if it cannot be reached)."""
     if not 0 < ratio < 1:
         raise UserError(f"--target-ratio {ratio:g} must be above 0 and below 1: the part of the bytes to keep")
     linears = structure.linears
-    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, recipe.allocation)
+    allocation = recipe.allocation
+    if ALLOCATIONS[allocation].reads_losses and losses is None:
+        allocation = "uniform"
+    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, losses)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
     sizes = measure(linears, ranks, source.nbytes, parameters, recipe.ratio_scope)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
@@ -98,14 +117,16 @@ def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes
     width = max(linear.d_in for linear in structure.layers[0].groups[0].linears)
     tokens = recipe.calibration_tokens if METHODS[recipe.decomposition].needs else 0
     itemsize = source.compute_dtype.itemsize
-    hidden = tokens * width * itemsize
+    backward = "gradient" in METHODS[recipe.decomposition].needs
+    # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
+    hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
     factors = sum(linear.largest_rank * linear.rank_nbytes for linear in structure.linears)
     if recipe.mode == "sequential":
         factors = sizes.bytes_after
     layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)
     end_bytes = max(sum(_bytes(source, [name]) for name in names) for names in (structure.front, structure.back))
     memory = PROCESS_BYTES + max(layer_bytes, end_bytes)
-    return Estimate(memory, 2 * hidden + factors, _seconds(source, structure, recipe, tokens))
+    return Estimate(memory, hidden + factors, _seconds(source, structure, recipe, tokens))
 
 
 def _bytes(source: Source, names: list[str]) -> int:
@@ -115,9 +136,9 @@ def _bytes(source: Source, names: list[str]) -> int:
 def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> int:
     weights = _bytes(source, source.parameter_names([layer.path]))
     batch = min(tokens, recipe.micro_batch * recipe.sequence_length)
-    activations = (
-        2 * batch * sum(linear.d_in + linear.d_out for linear in layer.linears) * source.compute_dtype.itemsize
-    )
+    copies = 4 if "gradient" in METHODS[recipe.decomposition].needs else 2
+    widths = sum(linear.d_in + linear.d_out for linear in layer.linears)
+    activations = copies * batch * widths * source.compute_dtype.itemsize
     moments = 4 * sum(
         group.linears[0].d_in ** 2
         if any(linear.d_in <= linear.d_out for linear in group.linears)
@@ -130,7 +151,8 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
 
 
 def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) -> float:
-    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else 1.0
+    backward = "gradient" in METHODS[recipe.decomposition].needs
+    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else BACKWARD_PASSES if backward else 1.0
     flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
     squares = sum(
         min(group.linears[0].d_in, group.linears[0].d_out) ** 2 for layer in structure.layers for group in layer.groups
@@ -142,7 +164,7 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) 
     reading = 3 * source.nbytes / 1e9
     return (
         flops / _flops_per_second(source.compute_dtype)
-        + 2.0 * tokens * squares / _flops_per_second(torch.float32)
+        + 2.0 * tokens * squares * (2 if backward else 1) / _flops_per_second(torch.float32)
         + solving / _flops_per_second(torch.float64)
         + reading
     )
@@ -161,13 +183,15 @@ def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> 
 def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
-    factored = sum(rank is not None for rank in plan.ranks.values())
+    ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears factored"
+    if ALLOCATIONS[recipe.allocation].reads_losses:
+        ranks = "ranks are chosen when the losses are known"
     lines = [
         f"model      {source.directory}: {type(source.model).__name__}, {len(plan.structure.layers)} layers, "
         f"{sizes.bytes_before / 1e6:.1f} MB, computed in {str(source.compute_dtype).removeprefix('torch.')} ({plan.dtype_reason})",
         f"recipe     {recipe.name}: {recipe.summary} [{recipe.decomposition}, {recipe.allocation}, {recipe.mode}]",
         f"sizes      asked {plan.ratio:g} of the {recipe.ratio_scope}, planned {sizes.achieved_ratio:.4f}: "
-        f"{sizes.bytes_after / 1e6:.1f} MB, {factored} of {len(plan.ranks)} linears factored",
+        f"{sizes.bytes_after / 1e6:.1f} MB, {ranks}",
         f"           decoder parameters {sizes.decoder_linear_parameters:.3f}, model parameters {sizes.model_parameters:.3f}, "
         f"bytes {sizes.model_bytes:.3f}, {sizes.bits_per_decoder_weight:.2f} bits per decoder weight",
         f"text       {recipe.calibration}, {recipe.calibration_tokens:,} tokens in windows of {recipe.sequence_length}"

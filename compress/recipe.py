@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ratio_scope": ("model", "decoder"),
     "export": ("factored", "dense"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "fisher": ("sampled", "empirical"),
 }
 MICRO_BATCH_TOKENS = 4096
 
@@ -31,8 +32,10 @@ MICRO_BATCH_TOKENS = 4096
 class Recipe:
     """Everything that decides the result, besides the model and the target ratio.
 
-    ``damping`` is the multiple of the mean input power added to the second moment's diagonal;
-    ``calibration`` is a file, a dataset or ``offline``; ``evaluate`` is a preset, tasks, or ``none``.
+    ``damping`` is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says
+    whose labels the loss gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens``
+    of the calibration tokens go backward; ``calibration`` is a file, a dataset or ``offline``; ``evaluate`` is a preset,
+    tasks, or ``none``.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Recipe:
     paper: str = ""
     allocation: str = "uniform"
     damping: float = 0.0
+    fisher: str = "sampled"
+    gradient_tokens: int = 65536
     ratio_scope: str = "model"
     calibration: str = "offline"
     calibration_tokens: int = 65536
@@ -59,11 +64,27 @@ class Recipe:
                 raise UserError(f"recipe {self.name}: {field.name} must be {field.type}, is {value!r}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise UserError(f"recipe {self.name}: {field.name} {_not_known(str(value), CHOICES[field.name])}")
-        if self.sequence_length < 2 or self.calibration_tokens < 1 or not 0 <= self.damping < 1 or self.seed < 0:
+        method = METHODS[self.decomposition]
+        if self.mode == "sequential" and ("gradient" in method.needs or ALLOCATIONS[self.allocation].reads_losses):
+            what = self.decomposition if "gradient" in method.needs else f"allocation {self.allocation}"
             raise UserError(
-                f"recipe {self.name}: sequence_length must be at least 2, calibration_tokens positive, "
+                f"recipe {self.name}: {what} needs the whole dense model's statistics first; say mode: one-shot"
+            )
+        if (
+            self.sequence_length < 2
+            or min(self.calibration_tokens, self.gradient_tokens) < 1
+            or not 0 <= self.damping < 1
+            or self.seed < 0
+        ):
+            raise UserError(
+                f"recipe {self.name}: sequence_length must be at least 2, the numbers of tokens positive, "
                 "seed not negative and damping from 0 to below 1"
             )
+
+    @property
+    def gradient_windows(self) -> int:
+        """Windows that go backward."""
+        return max(1, min(self.calibration_tokens, self.gradient_tokens) // self.sequence_length)
 
     @property
     def micro_batch(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from calibration.structure import Linear
 from checkpoint.errors import UserError
-from compress.allocate import ALLOCATIONS, Shape, Unreachable
+from compress.allocate import ALLOCATIONS, Curve, Unreachable
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Sizes:
         return asdict(self)
 
 
-def shape_of(linear: Linear) -> Shape:
+def curve_of(linear: Linear, loss: tuple[float, ...] = ()) -> Curve:
     """A linear as the allocation sees it."""
-    return Shape(linear.nbytes, linear.rank_nbytes, linear.largest_rank)
+    return Curve(linear.nbytes, linear.rank_nbytes, linear.largest_rank, loss)
 
 
 def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str) -> int:
@@ -39,15 +39,21 @@ def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope:
 
 
 def choose_ranks(
-    linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str, allocation: str
+    linears: Sequence[Linear],
+    model_bytes: int,
+    ratio: float,
+    scope: str,
+    allocation: str,
+    losses: Mapping[str, tuple[float, ...]] | None = None,
 ) -> dict[str, int | None]:
-    """Rank (None: dense) per linear for a target ratio.
+    """Rank (None: dense) per linear for a target ratio; ``losses`` where the allocation reads them.
 
     Raises UserError naming the smallest ratio that can be reached where this one cannot.
     """
     budget = budget_for(linears, model_bytes, ratio, scope)
+    curves = [curve_of(linear, (losses or {}).get(linear.name, ())) for linear in linears]
     try:
-        ranks = ALLOCATIONS[allocation]([shape_of(linear) for linear in linears], budget)
+        ranks = ALLOCATIONS[allocation].choose(curves, budget)
     except Unreachable as problem:
         dense = sum(linear.nbytes for linear in linears)
         smallest = (

@@ -22,9 +22,9 @@ def truncate_by_output(weight: torch.Tensor, second: torch.Tensor, rank: int) ->
 
     ``weight`` ``(d_out, d_in)`` and ``second`` ``(d_out, d_out)`` float64; keeps ``rank`` directions.
     """
-    power, vectors = _descending(second)
+    power, vectors = descending(second)
     u = vectors[:, :rank]
-    return Factors(u, u.T @ weight, _tails(power, rank))
+    return Factors(u, u.T @ weight, tails(power, rank))
 
 
 def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Factors:
@@ -34,9 +34,9 @@ def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Fa
     QR of ``W L V_r``, whose columns are orthogonal already: it stays orthonormal where they vanish.
     """
     rooted = weight @ root
-    power, vectors = _descending(rooted.T @ rooted)
+    power, vectors = descending(rooted.T @ rooted)
     u, _ = torch.linalg.qr(rooted @ vectors[:, :rank])
-    return Factors(u, u.T @ weight, _tails(power, rank))
+    return Factors(u, u.T @ weight, tails(power, rank))
 
 
 def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> Factors:
@@ -49,7 +49,7 @@ def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> 
 
 def symmetric_root(second: torch.Tensor) -> torch.Tensor:
     """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64; rounding below zero counts as zero."""
-    power, vectors = _descending(second)
+    power, vectors = descending(second)
     return vectors * power.sqrt()
 
 
@@ -62,15 +62,15 @@ def damping_floor(damping: float, power: float) -> float:
     return damping * power if power > 0 else 1.0
 
 
-def _descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues (not negative) and eigenvectors, largest first."""
+def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (not negative) and eigenvectors of a float64 matrix, largest first; NotFinite if it holds NaN or inf."""
     if not bool(torch.isfinite(symmetric).all()):
         raise NotFinite("a second moment holds NaN or inf")
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def _tails(power: torch.Tensor, rank: int) -> torch.Tensor:
+def tails(power: torch.Tensor, rank: int) -> torch.Tensor:
     """``tails[r] = sum of power[r:]`` for r = 0 ... rank, summed from the small end."""
     tails = torch.cat([power.flip(0).cumsum(0).flip(0), power.new_zeros(1)])
     return tails[: min(rank, power.numel()) + 1]

@@ -23,6 +23,7 @@ def write_report(
     fingerprint: dict[str, Any],
     windows: dict[str, Any] | None,
     rows: list[dict[str, Any]],
+    predicted: float | None,
     stages: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> None:
@@ -36,6 +37,7 @@ def write_report(
         "sizes": plan.sizes.as_dict(),
         "calibration": windows,
         "compute_dtype": {"dtype": fingerprint["compute_dtype"], "reason": plan.dtype_reason},
+        "predicted_loss_nats_per_token": predicted,
         "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
         "unused_source_tensors": plan.source.unused,
         "stages": stages,
@@ -75,6 +77,15 @@ def card(report: dict[str, Any], table: str | None) -> str:
     stages = "\n".join(f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} |" for s in report["stages"])
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
     evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
+    predicted = report["predicted_loss_nats_per_token"]
+    prediction = (
+        f"""
+Predicted before writing: KL(dense || compressed) {predicted:.4f} nats per token on the calibration text (second order, so too
+low where the loss is large).
+"""
+        if predicted is not None
+        else ""
+    )
     return f"""---
 library_name: transformers
 tags: [layerpress, compressed]
@@ -103,7 +114,7 @@ The rank and error of every matrix are in `matrices.csv`, everything else in `re
 ## Quality
 
 {evaluation}
-
+{prediction}
 ## How it was made
 
 Calibrated on {text}.

@@ -1,46 +1,101 @@
-"""Budgets are met from below, by less than a rank, for any shapes."""
+"""Budgets are met from below, by less than a rank, for any shapes; the pool is optimal on its hull and monotone."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.allocate import Shape, Unreachable, uniform
+from compress.allocate import Curve, Unreachable, hull_steps, pooled, uniform
 
 
-def shape(d_out: int, d_in: int, itemsize: int = 2) -> Shape:
-    return Shape(d_out * d_in * itemsize, (d_out + d_in) * itemsize, (d_out * d_in - 1) // (d_out + d_in))
+def curve(d_out: int, d_in: int, seed: int = 0, itemsize: int = 2) -> Curve:
+    """A linear of a random falling, not always convex, loss."""
+    largest = (d_out * d_in - 1) // (d_out + d_in)
+    power = torch.rand(largest, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    power = power.sort(descending=True).values if seed % 2 else power
+    loss = torch.cat([power.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) + 1e-3
+    return Curve(d_out * d_in * itemsize, (d_out + d_in) * itemsize, largest, tuple(loss.tolist()))
 
 
-SHAPES = st.lists(st.builds(shape, st.integers(8, 80), st.integers(8, 80)), min_size=1, max_size=12)
+CURVES = st.lists(st.builds(curve, st.integers(2, 60), st.integers(2, 60), st.integers(0, 99)), min_size=1, max_size=12)
 
 
-@given(SHAPES, st.floats(0.05, 0.99))
-def test_uniform_meets_the_budget(shapes, ratio):
-    budget = int(ratio * sum(item.dense for item in shapes))
+def taken(curves: list[Curve], ranks: list[int | None]) -> int:
+    return sum(item.nbytes(rank) for item, rank in zip(curves, ranks, strict=True))
+
+
+def loss(curves: list[Curve], ranks: list[int | None]) -> float:
+    return sum(0.0 if rank is None else item.loss[rank] for item, rank in zip(curves, ranks, strict=True))
+
+
+@pytest.mark.parametrize("allocation", [uniform, pooled])
+@given(curves=CURVES, ratio=st.floats(0.05, 1.0))
+def test_the_budget_is_met(allocation, curves, ratio):
+    budget = int(ratio * sum(item.dense for item in curves))
     try:
-        ranks = uniform(shapes, budget)
+        ranks = allocation(curves, budget)
     except Unreachable as problem:
-        assert problem.smallest > budget
-        assert problem.smallest == sum(min(item.per_rank, item.dense) for item in shapes)
+        assert problem.smallest == sum(item.smallest for item in curves) > budget
         return
-    taken = sum(item.dense if rank is None else rank * item.per_rank for item, rank in zip(shapes, ranks, strict=True))
-    assert taken <= budget
-    assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(shapes, ranks, strict=True))
-    growable = [
-        item.per_rank for item, rank in zip(shapes, ranks, strict=True) if rank is not None and rank < item.largest
-    ]
-    assert not growable or budget - taken < min(growable), "one more rank would still fit"
+    assert taken(curves, ranks) <= budget
+    assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(curves, ranks, strict=True))
+    if allocation is uniform:
+        growable = [item.per_rank for item, rank in zip(curves, ranks, strict=True) if rank and rank < item.largest]
+        assert not growable or budget - taken(curves, ranks) < min(growable), "one more rank would still fit"
 
 
 def test_uniform_is_uniform():
-    shapes = [shape(64, 64)] * 7
-    ranks = uniform(shapes, int(0.7 * 7 * shapes[0].dense))
+    curves = [curve(64, 64)] * 7
+    ranks = uniform(curves, int(0.7 * 7 * curves[0].dense))
     assert max(ranks) - min(ranks) <= 1 and ranks == sorted(ranks, reverse=True)
 
 
 def test_unreachable_names_the_smallest():
-    with pytest.raises(Unreachable) as caught:
-        uniform([shape(64, 64)] * 2, 255)
-    assert caught.value.smallest == 512
+    for allocation in (uniform, pooled):
+        with pytest.raises(Unreachable) as caught:
+            allocation([curve(64, 64)] * 2, 255)
+        assert caught.value.smallest == 512
+
+
+@given(CURVES, st.floats(0.1, 1.0), st.floats(0.1, 1.0))
+def test_a_larger_budget_never_lowers_a_rank(curves, one, other):
+    dense = sum(item.dense for item in curves)
+    floor = sum(item.smallest for item in curves)
+    small, large = sorted(floor + int(ratio * (dense - floor)) for ratio in (one, other))
+
+    def order(ranks: list[int | None]) -> list[float]:
+        return [float("inf") if rank is None else rank for rank in ranks]
+
+    pairs = zip(order(pooled(curves, small)), order(pooled(curves, large)), strict=True)
+    assert all(before <= after for before, after in pairs)
+
+
+@given(
+    st.lists(st.builds(curve, st.integers(3, 9), st.integers(3, 9), st.integers(0, 99)), min_size=1, max_size=3),
+    st.floats(0, 1),
+)
+def test_pooled_against_brute_force(curves, fraction):
+    """Optimal at the hull's own budgets; elsewhere at most one hull step's loss away."""
+    floor, dense = sum(item.smallest for item in curves), sum(item.dense for item in curves)
+    choices = [[*range(1, item.largest + 1), None] for item in curves]
+    everything = [(taken(curves, list(pick)), loss(curves, list(pick))) for pick in itertools.product(*choices)]
+    steps = [step for index, item in enumerate(curves) for step in hull_steps(item, index)]
+    steps.sort(key=lambda step: (-step.slope, step.index))
+
+    def best(budget: int) -> float:
+        return min(cost for size, cost in everything if size <= budget)
+
+    ranks: list[int | None] = [choice[0] for choice in choices]
+    worst = 0.0
+    for step in steps:
+        before = loss(curves, ranks)
+        ranks[step.index] = step.to
+        worst = max(worst, before - loss(curves, ranks))
+        assert pooled(curves, taken(curves, ranks)) == ranks
+        assert loss(curves, ranks) <= best(taken(curves, ranks)) + 1e-9
+    budget = floor + int(fraction * (dense - floor))
+    assert loss(curves, pooled(curves, budget)) <= best(budget) + worst + 1e-9

@@ -4,8 +4,9 @@ To add one: write a file beside this with one function of ``(weight, moments, ra
 ``Factors``, name the moments it needs, and add a line to ``METHODS``; then a recipe in configs/.
 
 ``weight`` is ``(d_out, d_in)`` float64; ``moments`` holds what ``needs`` names (``second``: the smaller side's
-second moment, ``mean_absolute``: the input's); ``rank`` is how many directions to keep; ``damping`` is
-the multiple of the mean input power added to the moment's diagonal.
+second moment, ``mean_absolute``: the input's, ``gradient``: the loss gradient's second moment on the smaller
+side); ``rank`` is how many directions to keep; ``damping`` is the multiple of the mean input power added to
+the moment's diagonal.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import torch
 from calibration.moments import Moments
 from compress.methods.asvd import asvd
 from compress.methods.svd import svd
+from compress.methods.two_sided import two_sided
 from compress.methods.whitened import whitened
 from compress.parts import Factors
 
+NATS = "nats per token"
 Decompose = Callable[[torch.Tensor, Moments, int, float], Factors]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A decomposition and the moments that it needs."""
+    """A decomposition, the moments that it needs, and the unit of its losses."""
 
     decompose: Decompose
     needs: frozenset[str]
+    unit: str = "squared output error per token"
 
 
 METHODS: dict[str, Method] = {
@@ -37,4 +41,5 @@ METHODS: dict[str, Method] = {
     "asvd": Method(asvd, frozenset({"mean_absolute"})),
     "svd-llm": Method(whitened, frozenset({"second"})),
     "llm-rom": Method(whitened, frozenset({"second"})),
+    "two-sided": Method(two_sided, frozenset({"second", "gradient"}), unit=NATS),
 }

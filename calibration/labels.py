@@ -1,0 +1,57 @@
+"""The labels whose loss is differentiated, and its gradient at the last layer's output, in token chunks.
+
+``sampled``: drawn from the model itself, which makes ``E[g g^T]`` the true Fisher information; ``empirical``: the text's own
+next tokens. The loss is the *sum* over the sequence's positions (DESIGN section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# labels of positions first to last, given their logits
+Labels = Callable[[torch.Tensor, int, int], torch.Tensor]
+LOGIT_BYTES = 64_000_000  # float32 logits in one chunk: a vocabulary of 262k takes 61 tokens at a time
+IGNORED = -100  # torch's label that has no loss
+
+
+def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
+    """Uniform numbers ``(length,)`` for a window's positions: a function of seed, window and position alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + window) % 2**63)
+    return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Labels ``(tokens,)`` drawn from ``softmax(logits)`` ``(tokens, vocabulary)`` by inverting the distribution."""
+    cumulative = torch.softmax(logits.float(), -1).cumsum(-1)
+    threshold = uniform.float()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def next_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """Labels ``(length,)`` of a window of ids: the next token; the last position has none."""
+    return torch.cat([ids[1:], ids.new_full((1,), IGNORED)])
+
+
+def loss_gradient(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: Labels,
+    vocabulary: int,
+) -> torch.Tensor:
+    """Gradient ``(length, width)`` of the window's summed loss at the last layer's output ``hidden``.
+
+    ``head`` maps ``(1, tokens, width)`` to logits; ``labels(logits, first, last)`` gives the labels of positions
+    ``first`` to ``last``. Only a chunk of logits is held.
+    """
+    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    gradients = []
+    for first in range(0, hidden.shape[0], chunk):
+        part = hidden[first : first + chunk].detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits = head(part[None])[0].float()
+            wanted = labels(logits.detach(), first, first + part.shape[0])
+            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED)
+            gradients.append(torch.autograd.grad(loss, part)[0])
+    return torch.cat(gradients)

@@ -1,0 +1,67 @@
+"""Loss-aware truncation, weighted on both sides (DESIGN section 4; two-sided form as in OBD-LLM and IO-SVD).
+
+``min |G^1/2 (W - W') C^1/2|^2_F`` over rank r, with ``C = E[x x^T]`` of the input and ``G = E[g g^T]`` of the loss gradient
+at the output. Half the objective is the second-order, Kronecker-factored estimate of KL(dense || compressed) in nats per
+token, so the curves of all linears share one unit. Only the smaller side is decomposed, in float64:
+
+- ``d_out <= d_in``: from ``S = W C W^T`` and ``G``. With ``L L^T = G``, ``L^T S L = U s^2 U^T``:
+  ``a = L^-T U_r``, ``b = U_r^T L^T W``.
+- ``d_in < d_out``: from ``C`` and ``P = W^T G W``, the second moment of ``W^T g``. With ``L L^T = C``, ``L^T P L = V s^2 V^T``:
+  ``a = W L V_r``, ``b = V_r^T L^-1``.
+
+The root is the Cholesky factor of a damped moment: its triangular inverse is exact where the numerical inverse
+of a singular root is not, and full rank gives ``W`` back whatever the text was.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from calibration.moments import Moments
+from compress.parts import Factors
+from compress.truncation import damping_floor, descending, tails
+
+
+def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
+    """Ordered factors of ``weight`` ``(d_out, d_in)`` float64; ``loss[r]`` is in nats per token.
+
+    ``damping`` times the mean diagonal is added to ``C`` and to ``G``, each in both places where it enters, so that
+    directions which the text did not excite keep a small weight. Raises ValueError if a moment is missing.
+    """
+    input_floor = damping_floor(damping, moments.input_power)
+    gradient_floor = damping_floor(damping, moments.gradient_power)
+    if weight.shape[0] <= weight.shape[1]:
+        if moments.gradient is None:
+            raise ValueError("a wide weight needs the moment of its output gradient")
+        second = moments.of_output(weight) + input_floor * (weight @ weight.T)
+        root = _damped_cholesky(moments.gradient, gradient_floor)
+        power, u = descending(root.T @ second @ root)
+        kept = u[:, :rank]
+        a = torch.linalg.solve_triangular(root.T, kept, upper=True)
+        b = (root @ kept).T @ weight
+    else:
+        if moments.input is None or moments.pulled is None:
+            raise ValueError("a tall weight needs its input's moment and that of its gradient pulled back")
+        pulled = moments.pulled.double() + gradient_floor * (weight.T @ weight)
+        root = _damped_cholesky(moments.input, input_floor)
+        power, v = descending(root.T @ pulled @ root)
+        kept = v[:, :rank]
+        a = weight @ (root @ kept)
+        b = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
+    a, b = _balanced(a, b)
+    return Factors(a, b, tails(power, rank) / 2)
+
+
+def _damped_cholesky(moment: torch.Tensor, floor: float) -> torch.Tensor:
+    damped = moment.double()
+    damped = (damped + damped.T) / 2
+    damped.diagonal().add_(floor)
+    return torch.linalg.cholesky(damped)
+
+
+def _balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each direction's column of ``a`` and row of ``b`` the same length: half-precision exponents stay in range."""
+    size_a, size_b = torch.linalg.vector_norm(a, dim=0), torch.linalg.vector_norm(b, dim=1)
+    scale = (size_b / size_a).sqrt()
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
+    return a * scale, b / scale[:, None]
