@@ -34,20 +34,36 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     text = results / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
-    print("| layers | width | tokens | checkpoint MB | planned peak MB | measured peak MB | check's peak MB | seconds |")
+    print(
+        "| layers | width | tokens | checkpoint MB | planned peak MB | measured peak MB | check's peak MB | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for shape, layers, tokens in CASES:
         source, output = results / "source", results / "output"
         size = write(source, layers=layers, **shape)
         command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
-        command += ["--target-ratio", "0.8", "--ratio-scope", "decoder", "--calibration", str(text), "--evaluate", "none"]
+        command += [
+            "--target-ratio",
+            "0.8",
+            "--ratio-scope",
+            "decoder",
+            "--calibration",
+            str(text),
+            "--evaluate",
+            "none",
+        ]
         command += ["--calibration-tokens", str(tokens), "--output", str(output), "--fresh"]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         run = json.loads((output / "report.json").read_text())["run"]
         planned, peak, check = (
             run[key] / 1e6 for key in ("planned_memory_bytes", "peak_memory_bytes", "check_peak_memory_bytes")
         )
-        cells = [layers, shape["hidden"], tokens, *(f"{value:.0f}" for value in (size / 1e6, planned, peak, check, run["seconds"]))]
+        cells = [
+            layers,
+            shape["hidden"],
+            tokens,
+            *(f"{value:.0f}" for value in (size / 1e6, planned, peak, check, run["seconds"])),
+        ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
         shutil.rmtree(source)
 

@@ -1,6 +1,6 @@
 """Writes a llama-shaped checkpoint of random weights, tensor by tensor, with a byte-level tokenizer.
 
-    python benchmarks/synthetic.py OUT --hidden 1536 --layers 40 --intermediate 4096 --heads 12 --kv-heads 4 --vocabulary 8192
+python benchmarks/synthetic.py OUT --hidden 1536 --layers 40 --intermediate 4096 --heads 12 --kv-heads 4 --vocabulary 8192
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def write(directory: Path, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> int:
+def write(
+    directory: Path, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int
+) -> int:
     """Write the checkpoint in bfloat16; returns its bytes of tensors."""
     from accelerate import init_empty_weights
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

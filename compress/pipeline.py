@@ -30,6 +30,7 @@ from compress.methods import METHODS
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
+from eval.compare import COMPARISON, write_comparison
 from eval.report import REPORT, add_evaluation, write_report
 
 OFFLINE = "offline"
@@ -101,6 +102,9 @@ def run(request: Request) -> None:
                 stages = [verifying]
                 produce(plan, windows, work, output, identity, request, stages, started)
             evaluate(plan, output)
+        if len(plans) > 1:
+            print(write_comparison(request.output, [output_for(request, plan.ratio) for plan in plans]))
+            say(f"compared in {request.output / COMPARISON}")
     finally:
         if work is not None:
             work.close()

@@ -54,7 +54,9 @@ def autograd(directory, structure, ids: torch.Tensor, fisher: str) -> dict[str, 
         labels = torch.stack([sample(logits[i].detach(), uniforms(SEED, i, LENGTH)) for i in range(len(ids))])
     else:
         labels = torch.stack([next_tokens(row) for row in ids])
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED).backward()
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+    ).backward()
     return {name: y.grad.reshape(-1, y.shape[-1]) for name, y in outputs.items()}
 
 
@@ -109,10 +111,14 @@ def test_labels_are_drawn_from_the_model_and_repeat():
     assert next_tokens(torch.tensor([4, 5, 6])).tolist() == [5, 6, IGNORED]
 
 
-def two_sided_problem(d_out: int, d_in: int, tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
+def two_sided_problem(
+    d_out: int, d_in: int, tokens: int = 300
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
     generator = torch.Generator().manual_seed(d_out)
     weight = torch.randn(d_out, d_in, dtype=torch.float64, generator=generator)
-    mixes = [torch.randn(d, d, dtype=torch.float64, generator=generator) * torch.logspace(0, -1.5, d) for d in (d_in, d_out)]
+    mixes = [
+        torch.randn(d, d, dtype=torch.float64, generator=generator) * torch.logspace(0, -1.5, d) for d in (d_in, d_out)
+    ]
     x, g = (torch.randn(tokens, len(mix), dtype=torch.float64, generator=generator) @ mix.T for mix in mixes)
     second, fisher = x.T @ x / tokens, g.T @ g / tokens
     wide = d_out <= d_in
@@ -153,8 +159,12 @@ def test_two_sided_is_not_beaten_by_descent(shape):
 
     factors = METHODS["two-sided"].decompose(weight, moments, rank, 1e-13)
     best = float(objective(factors.a @ factors.b))
-    a = torch.randn(shape[0], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    b = torch.randn(rank, shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    a = torch.randn(shape[0], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(
+        True
+    )
+    b = torch.randn(rank, shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(
+        True
+    )
     optimiser = torch.optim.LBFGS([a, b], max_iter=800, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
 
     def closure() -> torch.Tensor:

@@ -79,8 +79,8 @@ def test_killed_for_real(models, text, tmp_path):
     arguments = flags(models("qwen2"), text, tmp_path / "out")
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    first = tmp_path / "out.work" / "factors" / "0000.safetensors"
-    while not first.exists() and process.poll() is None:
+    records = tmp_path / "out.work" / "factors"
+    while not any(records.glob("*.safetensors")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -200,3 +200,42 @@ def test_memory_does_not_grow_with_depth(text, tmp_path):
         source = zoo.write_model(tmp_path / f"source-{depth}", "llama", torch.bfloat16, **wide)
         peaks.append(peak_of(source, text, tmp_path / f"out-{depth}"))
     assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0], peaks
+
+
+def test_loss_aware_predicts_chooses_and_compares_sizes(models, text, tmp_path, capsys):
+    """The default recipe at three sizes: ranks are pooled and nested, the prediction falls with size, a page compares them."""
+    arguments = flags(models("llama"), text, tmp_path / "out")
+    arguments[arguments.index("0.7") : arguments.index("0.7") + 1] = ["0.9", "0.7", "0.5"]
+    assert run_pipeline.main(arguments) == 0
+    told = capsys.readouterr()
+    assert "predicted loss at 0.7" in told.err and "| 0.7 |" in told.out
+    predicted, ranks = [], []
+    for ratio in ("0.90", "0.70", "0.50"):
+        output = tmp_path / "out" / f"ratio-{ratio}"
+        report = json.loads((output / "report.json").read_text())
+        assert report["recipe"]["name"] == "loss-aware"
+        predicted.append(report["predicted_loss_nats_per_token"])
+        rows = (output / "matrices.csv").read_text().splitlines()[1:]
+        ranks.append([10**6 if row.split(",")[4] == "dense" else int(row.split(",")[4]) for row in rows])
+    assert 0 < predicted[0] < predicted[1] < predicted[2]
+    assert all(a >= b >= c for a, b, c in zip(*ranks, strict=True)), "a larger budget never lowers a rank"
+    assert len(set(ranks[1])) > 5, "ranks are not uniform"
+    assert (tmp_path / "out" / "comparison.md").exists() and (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_backward_pass_goes_on(models, text, tmp_path, monkeypatch, stop_after):
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "whole")) == 0
+    put = WorkDirectory.put
+    recorded = []
+
+    def interrupted(self, stage, index, tensors, notes):
+        put(self, stage, index, tensors, notes)
+        recorded.append(index)
+        if len(recorded) == stop_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkDirectory, "put", interrupted)
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out")) == 130
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out")) == 0
+    assert recorded == [2, 1, 0] and content(tmp_path / "out") == content(tmp_path / "whole")
