@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-# labels of positions first to last, given their logits
+# labels of positions first to last, given their probabilities (tokens, vocabulary)
 Labels = Callable[[torch.Tensor, int, int], torch.Tensor]
-LOGIT_BYTES = 64_000_000  # float32 logits in one chunk: a vocabulary of 262k takes 61 tokens at a time
-IGNORED = -100  # torch's label that has no loss
+LOGIT_BYTES = 32_000_000  # float32 logits in one chunk: a vocabulary of 262k takes 30 tokens at a time
+NO_LABEL = -100
 
 
 def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
@@ -22,16 +22,16 @@ def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
     return torch.rand(length, generator=generator, dtype=torch.float64)
 
 
-def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Labels ``(tokens,)`` drawn from ``softmax(logits)`` ``(tokens, vocabulary)`` by inverting the distribution."""
-    cumulative = torch.softmax(logits.float(), -1).cumsum(-1)
+def sample(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Labels ``(tokens,)`` drawn from ``probabilities`` ``(tokens, vocabulary)`` float32 by inverting the distribution."""
+    cumulative = probabilities.cumsum(-1)
     threshold = uniform.float()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, threshold).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)
 
 
 def next_tokens(ids: torch.Tensor) -> torch.Tensor:
     """Labels ``(length,)`` of a window of ids: the next token; the last position has none."""
-    return torch.cat([ids[1:], ids.new_full((1,), IGNORED)])
+    return torch.cat([ids[1:], ids.new_full((1,), NO_LABEL)])
 
 
 def loss_gradient(
@@ -42,16 +42,18 @@ def loss_gradient(
 ) -> torch.Tensor:
     """Gradient ``(length, width)`` of the window's summed loss at the last layer's output ``hidden``.
 
-    ``head`` maps ``(1, tokens, width)`` to logits; ``labels(logits, first, last)`` gives the labels of positions
-    ``first`` to ``last``. Only a chunk of logits is held.
+    ``head`` maps ``(1, tokens, width)`` to logits; ``labels(probabilities, first, last)`` gives the labels of positions
+    ``first`` to ``last``. The gradient at the logits is ``softmax - onehot``; only a chunk of logits is held.
     """
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
     gradients = []
     for first in range(0, hidden.shape[0], chunk):
         part = hidden[first : first + chunk].detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = head(part[None])[0].float()
-            wanted = labels(logits.detach(), first, first + part.shape[0])
-            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED)
-            gradients.append(torch.autograd.grad(loss, part)[0])
+            logits = head(part[None])[0]
+        at_logits = torch.softmax(logits.detach().float(), -1)
+        wanted = labels(at_logits, first, first + part.shape[0])
+        at_logits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
+        at_logits[wanted == NO_LABEL] = 0
+        gradients.append(torch.autograd.grad(logits, part, at_logits.to(logits.dtype))[0])
     return torch.cat(gradients)

@@ -235,7 +235,7 @@ class Sweep:
                 following = next_tokens(self._ids[window])
                 return lambda _, first, last: following[first:last]
             drawn = uniforms(seed, window, length)
-            return lambda logits, first, last: sample(logits, drawn[first:last])
+            return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
 
         with self._source.loaded(self._structure.back), self._open(self.path(index)) as states:
 

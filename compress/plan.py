@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from calibration.labels import LOGIT_BYTES
 from calibration.moments import has_bfloat16_products
 from calibration.structure import Layer, Structure, discover
 from checkpoint.errors import UserError
@@ -125,6 +126,8 @@ def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes
         factors = sizes.bytes_after
     layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)
     end_bytes = max(sum(_bytes(source, [name]) for name in names) for names in (structure.front, structure.back))
+    if backward:
+        end_bytes += 6 * LOGIT_BYTES  # logits, probabilities, their sums and gradients of one chunk
     memory = PROCESS_BYTES + max(layer_bytes, end_bytes)
     return Estimate(memory, hidden + factors, _seconds(source, structure, recipe, tokens))
 

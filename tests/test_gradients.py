@@ -7,7 +7,7 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM
 
-from calibration.labels import IGNORED, next_tokens, sample, uniforms
+from calibration.labels import NO_LABEL, next_tokens, sample, uniforms
 from calibration.moments import Moments, module_weight
 from calibration.structure import discover
 from calibration.sweep import Sweep, opened
@@ -51,11 +51,13 @@ def autograd(directory, structure, ids: torch.Tensor, fisher: str) -> dict[str, 
         model.get_submodule(linear.name).register_forward_hook(lambda _, x, y, name=linear.name: keep(name, y))
     logits = model(ids, use_cache=False).logits
     if fisher == "sampled":
-        labels = torch.stack([sample(logits[i].detach(), uniforms(SEED, i, LENGTH)) for i in range(len(ids))])
+        labels = torch.stack(
+            [sample(logits[i].detach().softmax(-1), uniforms(SEED, i, LENGTH)) for i in range(len(ids))]
+        )
     else:
         labels = torch.stack([next_tokens(row) for row in ids])
     torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_LABEL
     ).backward()
     return {name: y.grad.reshape(-1, y.shape[-1]) for name, y in outputs.items()}
 
@@ -104,11 +106,13 @@ def test_bfloat16_statistics_are_near_those_of_float32(models, tmp_path):
 
 def test_labels_are_drawn_from_the_model_and_repeat():
     logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, -5.0]]).repeat(20000, 1)
-    drawn = sample(logits, torch.rand(40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    drawn = sample(
+        logits.softmax(-1), torch.rand(40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     frequencies = torch.stack([torch.bincount(drawn[i::2], minlength=3) / 20000 for i in range(2)])
     assert torch.allclose(frequencies, torch.softmax(logits[:2], -1), atol=0.01)
     assert torch.equal(uniforms(1, 2, 9), uniforms(1, 2, 9)) and not torch.equal(uniforms(1, 2, 9), uniforms(1, 3, 9))
-    assert next_tokens(torch.tensor([4, 5, 6])).tolist() == [5, 6, IGNORED]
+    assert next_tokens(torch.tensor([4, 5, 6])).tolist() == [5, 6, NO_LABEL]
 
 
 def two_sided_problem(
