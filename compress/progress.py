@@ -1,4 +1,4 @@
-"""One line per stage with count, time left and memory; peaks are the process's own high-water mark."""
+"""One line per stage with count, time left and memory; in a log file, a line now and then."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import TracebackType
 from tqdm import tqdm
 
 from checkpoint.memory import peak_bytes
+
+LOG_SECONDS = 30.0  # between two lines of a stage where stderr is no terminal
 
 
 def say(text: str) -> None:
@@ -24,24 +26,38 @@ class Stage:
         self.seconds = 0.0
         self.peak_bytes = 0
         self._total, self._unit = total, unit
+        self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Stage:
         self._started = time.monotonic()
+        self._told = self._started
         self._bar = tqdm(
             total=self._total,
-            desc=f"{self.name:<22}",
+            desc=f"{self.name:<18}",
             unit=self._unit,
             file=sys.stderr,
-            disable=False,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not self._terminal,
+            mininterval=0.5,
             bar_format="{desc} {n_fmt}/{total_fmt} {unit}  {elapsed} elapsed, {remaining} left{postfix}",
         )
+        self._done = 0
         return self
 
     def step(self, count: int = 1) -> None:
         """``count`` more units are done."""
-        self._bar.set_postfix_str(f"peak memory {peak_bytes() / 1e6:.0f} MB", refresh=False)
-        self._bar.update(count)
+        self._done += count
+        memory = f"peak memory {peak_bytes() / 1e6:.0f} MB"
+        if self._terminal:
+            self._bar.set_postfix_str(memory, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._told >= LOG_SECONDS or self._done == self._total:
+            self._told = now
+            elapsed = now - self._started
+            left = elapsed * (self._total - self._done) / max(self._done, 1)
+            times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(left)} left"
+            say(f"{self.name:<18} {self._done}/{self._total} {self._unit}  {times}, {memory}")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
