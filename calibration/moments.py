@@ -27,7 +27,8 @@ class Moments:
     ``(d_in,)`` or None; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input moment's diagonal.
 
     Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
-    ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``.
+    ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
+    ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, spread evenly.
     """
 
     tokens: int
@@ -39,6 +40,8 @@ class Moments:
     gradient_power: float = 0.0
     gradient: torch.Tensor | None = None
     pulled: torch.Tensor | None = None
+    input_samples: torch.Tensor | None = None
+    gradient_samples: torch.Tensor | None = None
 
     def of_output(self, weight: torch.Tensor) -> torch.Tensor:
         """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
@@ -85,11 +88,11 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 class GroupCollector:
     """Sums the moments of one group of linears that share an input, through forward hooks.
 
-    ``needs`` names what the method uses: ``second``, ``mean_absolute`` and ``gradient``; the last sees gradients
-    where the layer is run under autograd.
+    ``needs`` names what the method uses: ``second``, ``mean_absolute``, ``gradient`` and ``samples``; the last two see
+    the batches that are run under autograd, of which ``samples`` keeps ``samples_per_batch`` tokens each.
     """
 
-    def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str]) -> None:
+    def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples_per_batch: int = 0) -> None:
         self._sizes, self._needs = sizes, needs
         self._first = next(iter(sizes))
         width = sizes[self._first][1]
@@ -103,6 +106,9 @@ class GroupCollector:
         self._gradients = {
             name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
         }
+        self._per_batch = samples_per_batch if "samples" in needs else 0
+        self._input_samples: list[torch.Tensor] = []
+        self._gradient_samples: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
         self._gradient_tokens = dict.fromkeys(self._gradients, 0)
         self._gradient_power = dict.fromkeys(self._gradients, 0.0)
 
@@ -117,12 +123,16 @@ class GroupCollector:
             )
         for name in self._gradients:
             handles.append(
-                modules[name].register_forward_hook(lambda module, _, y, name=name: self._watch(name, module, y))
+                modules[name].register_forward_hook(
+                    lambda module, args, y, name=name: self._watch(name, module, args[0], y)
+                )
             )
         return handles
 
-    def _watch(self, name: str, module: torch.nn.Module, y: torch.Tensor) -> None:
+    def _watch(self, name: str, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         if y.requires_grad:
+            if self._per_batch and name == self._first:
+                self._input_samples.append(self._spread(x.detach()))
             y.register_hook(lambda g: self.see_gradient(name, g, module_weight(module)))
 
     @torch.no_grad()
@@ -142,12 +152,20 @@ class GroupCollector:
         rows = y.reshape(-1, y.shape[-1])
         add_gram(self._outputs[name], rows if bias is None else rows - bias)
 
+    def _spread(self, batch: torch.Tensor) -> torch.Tensor:
+        """A copy of ``samples_per_batch`` rows of ``(..., d)``, evenly spread: the same tokens for every tensor."""
+        rows = batch.reshape(-1, batch.shape[-1])
+        count = min(self._per_batch, rows.shape[0])
+        return rows[(torch.arange(count) * rows.shape[0]) // count]
+
     @torch.no_grad()
     def see_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
         """Add a batch of output gradients ``(..., d_out)``, pulled back through ``weight`` where that is smaller."""
         rows = gradient.reshape(-1, gradient.shape[-1])
         d_out, d_in = self._sizes[name]
         self._gradient_tokens[name] += rows.shape[0]
+        if self._per_batch:
+            self._gradient_samples[name].append(self._spread(gradient))
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
         add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
 
@@ -169,6 +187,8 @@ class GroupCollector:
                     gradient_power=self._gradient_power[name] / seen,
                     gradient=second if d_out <= d_in else None,
                     pulled=None if d_out <= d_in else second,
+                    input_samples=torch.cat(self._input_samples) if self._input_samples else None,
+                    gradient_samples=torch.cat(kept) if (kept := self._gradient_samples[name]) else None,
                 )
             found[name] = moments
         return found

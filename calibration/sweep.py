@@ -24,6 +24,7 @@ from calibration.windows import Windows
 from checkpoint.files import fsync_directory
 from checkpoint.source import Source
 
+SAMPLES = 4096  # tokens of which a linear's own inputs and gradients are kept while its layer is open
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -193,13 +194,14 @@ class Sweep:
         return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
     def _collectors(
-        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str]
+        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], samples_per_batch: int = 0
     ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
         """A collector for each group, and the hooks that feed them."""
         collectors: list[GroupCollector] = []
         handles: list[torch.utils.hooks.RemovableHandle] = []
         for group in groups:
-            collectors.append(GroupCollector({item.local: (item.d_out, item.d_in) for item in group.linears}, needs))
+            sizes = {item.local: (item.d_out, item.d_in) for item in group.linears}
+            collectors.append(GroupCollector(sizes, needs, samples_per_batch))
             handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
         return collectors, handles
 
@@ -255,7 +257,8 @@ class Sweep:
         The first ``windows`` windows go backward; the others only add to the moments of the activations.
         """
         index = open_layer.layer.index
-        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs)
+        batches = -(-windows // self._micro_batch)
+        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs, -(-SAMPLES // batches))
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -13,10 +15,10 @@ from calibration.structure import discover
 from calibration.sweep import Sweep, opened
 from calibration.windows import Windows
 from checkpoint.source import Source
-from compress.methods import METHODS
+from compress.methods.two_sided import kronecker, two_sided
 
 LENGTH, WINDOWS, BATCH, SEED = 24, 6, 4, 7
-NEEDS = frozenset({"second", "gradient"})
+NEEDS = frozenset({"second", "gradient", "samples"})
 
 
 def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
@@ -146,7 +148,7 @@ def test_two_sided_is_the_truncated_svd_between_the_roots(shape):
     left, right = torch.linalg.cholesky(fisher).T, torch.linalg.cholesky(second)
     u, s, v = torch.linalg.svd(left @ weight @ right, full_matrices=False)
     expected = torch.linalg.inv(left) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(right)
-    factors = METHODS["two-sided"].decompose(weight, moments, rank, 1e-13)
+    factors = kronecker(weight, moments, rank, 1e-13)
     assert torch.allclose(factors.a @ factors.b, expected, atol=1e-6)
     assert float(factors.loss[rank]) == pytest.approx(float((s[rank:] ** 2).sum()) / 2, rel=1e-6)
     assert float(factors.loss[0]) == pytest.approx(float((s**2).sum()) / 2, rel=1e-6)
@@ -161,7 +163,7 @@ def test_two_sided_is_not_beaten_by_descent(shape):
         error = weight - approximation
         return ((fisher @ error @ second) * error).sum() / 2
 
-    factors = METHODS["two-sided"].decompose(weight, moments, rank, 1e-13)
+    factors = kronecker(weight, moments, rank, 1e-13)
     best = float(objective(factors.a @ factors.b))
     a = torch.randn(shape[0], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(
         True
@@ -188,6 +190,38 @@ def test_two_sided_is_not_beaten_by_descent(shape):
 def test_two_sided_at_full_rank_gives_the_weight_back_from_few_tokens(shape, tokens):
     weight, _, _, moments = two_sided_problem(*shape, tokens=tokens)
     full = min(shape)
-    factors = METHODS["two-sided"].decompose(weight, moments, full, 1e-3)
+    factors = kronecker(weight, moments, full, 1e-3)
     assert torch.allclose(factors.a @ factors.b, weight, atol=1e-8)
     assert bool((factors.loss.diff() <= 1e-12).all())
+
+
+def test_samples_are_the_same_tokens_of_input_and_gradient(models, tmp_path):
+    """Each output is the weight times the sampled input, and each gradient is that token's own."""
+    structure, moments, ids = streamed(models("llama"), tmp_path, "sampled")
+    gradients = autograd(models("llama"), structure, ids, "sampled")
+    for linear in structure.linears:
+        got = moments[linear.name]
+        assert got.input_samples.shape == (ids.numel(), linear.d_in), "fewer tokens than samples: all are kept"
+        assert torch.allclose(
+            got.gradient_samples, gradients[linear.name], atol=1e-6 * float(gradients[linear.name].abs().max()) + 1e-7
+        )
+        if got.input is not None:
+            assert difference(got.input_samples.T @ got.input_samples / ids.numel(), got.input) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_the_corrected_loss_is_the_fisher_of_each_direction(shape):
+    """On all tokens: dropping one direction costs half its squared product with the gradient, not the Kronecker estimate."""
+    weight, _, _, moments = two_sided_problem(*shape)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(400, shape[1], dtype=torch.float64, generator=generator)
+    g = torch.randn(400, shape[0], dtype=torch.float64, generator=generator) * x[:, :1]  # they depend on each other
+    factors = two_sided(weight, replace(moments, input_samples=x, gradient_samples=g), 6, 1e-3)
+    plain = kronecker(weight, moments, 6, 1e-3)
+    assert torch.allclose(factors.a, plain.a) and torch.allclose(factors.b, plain.b)
+    for i in range(6):
+        change = x @ (factors.a[:, i : i + 1] @ factors.b[i : i + 1]).T
+        cost = float(((g * change).sum(1) ** 2).mean()) / 2
+        assert float(factors.loss[i] - factors.loss[i + 1]) == pytest.approx(cost, rel=1e-3)
+    with pytest.raises(ValueError, match="samples"):
+        two_sided(weight, moments, 6, 1e-3)

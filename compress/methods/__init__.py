@@ -5,8 +5,8 @@ To add one: write a file beside this with one function of ``(weight, moments, ra
 
 ``weight`` is ``(d_out, d_in)`` float64; ``moments`` holds what ``needs`` names (``second``: the smaller side's
 second moment, ``mean_absolute``: the input's, ``gradient``: the loss gradient's second moment on the smaller
-side); ``rank`` is how many directions to keep; ``damping`` is the multiple of the mean input power added to
-the moment's diagonal.
+side, ``samples``: some tokens' own inputs and gradients); ``rank`` is how many directions to keep; ``damping``
+is the multiple of the mean input power added to the moment's diagonal.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ METHODS: dict[str, Method] = {
     "asvd": Method(asvd, frozenset({"mean_absolute"})),
     "svd-llm": Method(whitened, frozenset({"second"})),
     "llm-rom": Method(whitened, frozenset({"second"})),
-    "two-sided": Method(two_sided, frozenset({"second", "gradient"}), unit=NATS),
+    "two-sided": Method(two_sided, frozenset({"second", "gradient", "samples"}), unit=NATS),
 }
