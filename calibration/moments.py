@@ -28,7 +28,7 @@ class Moments:
 
     Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
     ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
-    ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, spread evenly.
+    ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly.
     """
 
     tokens: int
@@ -107,6 +107,7 @@ class GroupCollector:
             name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
         }
         self._per_batch = samples_per_batch if "samples" in needs else 0
+        self._picked = torch.empty(0, dtype=torch.int64)
         self._input_samples: list[torch.Tensor] = []
         self._gradient_samples: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
         self._gradient_tokens = dict.fromkeys(self._gradients, 0)
@@ -132,7 +133,9 @@ class GroupCollector:
     def _watch(self, name: str, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         if y.requires_grad:
             if self._per_batch and name == self._first:
-                self._input_samples.append(self._spread(x.detach()))
+                rows = x.detach().reshape(-1, x.shape[-1])
+                self._picked = self._pick(rows.shape[0])
+                self._input_samples.append(rows[self._picked])
             y.register_hook(lambda g: self.see_gradient(name, g, module_weight(module)))
 
     @torch.no_grad()
@@ -152,11 +155,13 @@ class GroupCollector:
         rows = y.reshape(-1, y.shape[-1])
         add_gram(self._outputs[name], rows if bias is None else rows - bias)
 
-    def _spread(self, batch: torch.Tensor) -> torch.Tensor:
-        """A copy of ``samples_per_batch`` rows of ``(..., d)``, evenly spread: the same tokens for every tensor."""
-        rows = batch.reshape(-1, batch.shape[-1])
-        count = min(self._per_batch, rows.shape[0])
-        return rows[(torch.arange(count) * rows.shape[0]) // count]
+    def _pick(self, rows: int) -> torch.Tensor:
+        """The tokens of this batch to keep: drawn, because a regular stride would meet every window's first token.
+
+        That token's activations are often enormous, and ten times too many of it would rule the samples.
+        """
+        generator = torch.Generator().manual_seed(len(self._input_samples))
+        return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values
 
     @torch.no_grad()
     def see_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
@@ -165,7 +170,7 @@ class GroupCollector:
         d_out, d_in = self._sizes[name]
         self._gradient_tokens[name] += rows.shape[0]
         if self._per_batch:
-            self._gradient_samples[name].append(self._spread(gradient))
+            self._gradient_samples[name].append(rows[self._picked])
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
         add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
 
