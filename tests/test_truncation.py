@@ -25,15 +25,25 @@ def problem(d_out: int, d_in: int, tokens: int = 400, seed: int = 0) -> tuple[to
     return weight, x
 
 
-def moments_of(
-    weight: torch.Tensor, x: torch.Tensor, needs: frozenset[str] = frozenset({"second", "mean_absolute"})
-) -> Moments:
-    """Moments as the collector gives them, but in float64."""
+def moments_of(weight: torch.Tensor, x: torch.Tensor) -> Moments:
+    """Moments as the collector gives them, but in float64; output gradients are random."""
     second = x.T @ x / len(x)
-    power = float(second.diagonal().mean())
+    g = torch.randn(len(x), len(weight), dtype=torch.float64, generator=torch.Generator().manual_seed(len(x)))
+    fisher = g.T @ g / len(g)
     tall = weight.shape[1] < weight.shape[0]
-    output = weight @ second @ weight.T
-    return Moments(len(x), power, second if tall else None, None if tall else output, x.abs().mean(0))
+    return Moments(
+        len(x),
+        float(second.diagonal().mean()),
+        input=second if tall else None,
+        output=None if tall else weight @ second @ weight.T,
+        mean_absolute=x.abs().mean(0),
+        gradient_tokens=len(g),
+        gradient_power=float(fisher.diagonal().mean()),
+        gradient=None if tall else fisher,
+        pulled=weight.T @ fisher @ weight if tall else None,
+        input_samples=x,
+        gradient_samples=g,
+    )
 
 
 def objective(weight: torch.Tensor, approximation: torch.Tensor, x: torch.Tensor) -> float:
