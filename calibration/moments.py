@@ -93,7 +93,7 @@ class GroupCollector:
     """
 
     def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples_per_batch: int = 0) -> None:
-        self._sizes, self._needs = sizes, needs
+        self._sizes = sizes
         self._first = next(iter(sizes))
         width = sizes[self._first][1]
         at_input = any(d_in <= d_out for d_out, d_in in sizes.values())
