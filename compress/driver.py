@@ -18,6 +18,7 @@ from calibration.structure import Group, Layer, Linear
 from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
 from calibration.windows import Windows
 from checkpoint.errors import UserError
+from checkpoint.memory import release_memory
 from checkpoint.sink import Replacement, factored_module, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
 from compress.allocate import ALLOCATIONS
@@ -102,6 +103,7 @@ def _decompose_linears(
     """Records and notes of the linears that can be factored, at the plan's ranks or (one-shot) at every rank that saves."""
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
+    release_memory()  # the heap that the layer's activations left, before float64 work comes on top
     for linear in linears:
         started = time.monotonic()
         rank = (plan.ranks[linear.name] or 0) if plan.recipe.mode == "sequential" else linear.largest_rank

@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
 }
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)

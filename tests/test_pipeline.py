@@ -193,13 +193,16 @@ def peak_of(directory: Path, text: Path, output: Path) -> int:
 
 
 def test_memory_does_not_grow_with_depth(text, tmp_path):
-    """24 more layers are 160 MB more weights; the peak differs by less than 5 %."""
+    """24 more layers are 160 MB more weights; the peak differs by less than a third of that.
+
+    The state of the heap moves a peak of 500 MB by up to 40 MB from run to run; keeping the layers would add 160 MB.
+    """
     peaks = []
     for depth in (8, 32):
         wide = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": depth, "num_attention_heads": 8}
         source = zoo.write_model(tmp_path / f"source-{depth}", "llama", torch.bfloat16, **wide)
         peaks.append(peak_of(source, text, tmp_path / f"out-{depth}"))
-    assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0], peaks
+    assert abs(peaks[1] - peaks[0]) < 53e6, peaks
 
 
 def test_loss_aware_predicts_chooses_and_compares_sizes(models, text, tmp_path, capsys):
