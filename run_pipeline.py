@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--recipe", default="loss-aware", metavar="NAME|FILE", help="the method (%(default)s)")
     what.add_argument("--allocation", choices=CHOICES["allocation"], help="how ranks are shared out")
+    what.add_argument(
+        "--form", choices=CHOICES["form"], help="how a product is stored: factors, or pivoted (fewer bytes)"
+    )
     what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     text = main.add_argument_group("calibration")
     text.add_argument(

@@ -49,16 +49,6 @@ class Linear:
         """Bytes of the dense weight on disk."""
         return self.d_out * self.d_in * self.dtype.itemsize
 
-    @property
-    def rank_nbytes(self) -> int:
-        """Bytes of one rank: a column of A and a row of B."""
-        return (self.d_out + self.d_in) * self.dtype.itemsize
-
-    @property
-    def largest_rank(self) -> int:
-        """The largest rank whose factors are smaller than the dense weight (0: none is)."""
-        return (self.d_out * self.d_in - 1) // (self.d_out + self.d_in)
-
 
 @dataclass(frozen=True)
 class Group:

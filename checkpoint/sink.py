@@ -1,6 +1,6 @@
 """Writes a compressed checkpoint, one tensor in memory at a time.
 
-``factored``: the model's own state dict with two factors in place of a compressed weight, and one Python
+``factored``: the model's own state dict with what a form stores in place of a compressed weight, and one Python
 file that loads it. ``dense``: the stock architecture, with the factors multiplied out.
 """
 
@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from checkpoint import modeling_template
 from checkpoint.files import fsync_directory, write_json, write_text
+from checkpoint.forms import FORMS, Part
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
 
 SHARD_BYTES = 5_000_000_000
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+PLAIN = ""  # the role of a parameter that is stored as it is
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int32: "I32",
+}
 # what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 NOT_COPIED = ("config.json", INDEX, "report.json", "evaluation.json")
@@ -46,11 +53,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What the driver puts in a linear's place: its rank, and how to get the factors ``(a, b)`` when they are due."""
+    """What the driver puts in a linear's place: its form and rank, and how to get the part when it is due."""
 
+    form: str
     rank: int
     transposed: bool
-    factors: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    part: Callable[[], Part]
 
 
 class ShardWriter:
@@ -124,51 +132,47 @@ def units(source: Source, layer_paths: Iterable[str]) -> list[str]:
 
 def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, Replacement], directory: Path) -> int:
     """Write the ``factored`` format into ``directory``; ``replaced`` maps module paths. Returns bytes of tensors."""
-    plan: list[tuple[str, list[tuple[Entry, str, str]]]] = []
+    plan: list[tuple[str, list[tuple[str, dict[str, Entry]]]]] = []
     for unit in units(source, layer_paths):
-        entries = []
-        for name in source.parameter_names([unit]):
-            if name not in source.tied:
-                entries += _factored_entries(source, name, replaced)
-        plan.append((unit, entries))
+        names = [name for name in source.parameter_names([unit]) if name not in source.tied]
+        plan.append((unit, [(name, _entries(source, name, replaced)) for name in names]))
 
     def tensors() -> Iterator[torch.Tensor]:
-        for unit, entries in plan:
+        for unit, parameters in plan:
             with source.loaded([unit], keep_source_dtype=True):
-                for _, name, role in entries:
-                    path = name.rpartition(".")[0]
-                    if role == "plain":
+                for name, entries in parameters:
+                    if list(entries) == [PLAIN]:
                         yield source.tensor(name).detach()
                     else:
-                        a, b = replaced[path].factors()
-                        yield b if role == "in" else a
+                        stored = replaced[name.rpartition(".")[0]].part().tensors()
+                        yield from (stored[role] for role in entries)
 
-    total = ShardWriter(directory, [entry for _, entries in plan for entry, _, _ in entries]).write(tensors())
+    every = [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
+    total = ShardWriter(directory, every).write(tensors())
     prefix = source.model.base_model_prefix + "."
-    _write_factored_config(source, {path.removeprefix(prefix): item.rank for path, item in replaced.items()}, directory)
+    linears = {path.removeprefix(prefix): {"form": item.form, "rank": item.rank} for path, item in replaced.items()}
+    _write_factored_config(source, linears, directory)
     copy_companions(source.directory, directory)
     fsync_directory(directory)
     return total
 
 
-def _factored_entries(source: Source, name: str, replaced: dict[str, Replacement]) -> list[tuple[Entry, str, str]]:
-    """Entries for one parameter: itself, or the two factors; a bias moves to the outer factor."""
+def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dict[str, Entry]:
+    """Entries for one parameter: itself, or what its form stores; a bias moves to where the form has it."""
     path, _, leaf = name.rpartition(".")
     dtype = source.stored_dtype(name)
     shape = tuple(source.tensor(name).shape)
     if path not in replaced:
-        return [(Entry(name, dtype, shape), name, "plain")]
+        return {PLAIN: Entry(name, dtype, shape)}
+    form = FORMS[replaced[path].form]
     if leaf == "bias":
-        return [(Entry(f"{path}.factor_out.bias", dtype, shape), name, "plain")]
-    rank = replaced[path].rank
+        return {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
     d_out, d_in = reversed(shape) if replaced[path].transposed else shape
-    return [
-        (Entry(f"{path}.factor_in.weight", dtype, (rank, d_in)), name, "in"),
-        (Entry(f"{path}.factor_out.weight", dtype, (d_out, rank)), name, "out"),
-    ]
+    stored = form.stored(replaced[path].rank, d_out, d_in)
+    return {role: Entry(f"{path}.{role}", own or dtype, sizes) for role, (own, sizes) in stored.items()}
 
 
-def _write_factored_config(source: Source, ranks: dict[str, int], directory: Path) -> None:
+def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], directory: Path) -> None:
     model = source.model
     base = getattr(model, model.base_model_prefix)
     own_type = f"layerpress_{source.config.model_type}"
@@ -195,7 +199,7 @@ def _write_factored_config(source: Source, ranks: dict[str, int], directory: Pat
             "AutoModelForCausalLM": "modeling_layerpress.LayerpressForCausalLM",
         },
         dtype=str(source.source_dtype).removeprefix("torch."),
-        layerpress={"format": modeling_template.FORMAT, "ranks": ranks},
+        layerpress={"format": modeling_template.FORMAT, "linears": linears},
     )
     write_json(directory / "config.json", config)
 
@@ -210,8 +214,7 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
             if item.key not in by_key:
                 yield source.read(item)
                 continue
-            a, b = by_key[item.key].factors()
-            product = (a.float() @ b.float()).to(item.dtype)
+            product = by_key[item.key].part().dense()
             yield product.T if by_key[item.key].transposed else product
 
     total = ShardWriter(directory, [Entry(item.key, item.dtype, item.shape) for item in stored]).write(tensors())
@@ -227,13 +230,3 @@ def copy_companions(source: Path, directory: Path) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in NOT_COPIED:
                 shutil.copyfile(path, directory / path.name)
-
-
-def factored_module(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """The module that the checkpoint will hold, for use while calibrating: factors ``a (d_out, r)``, ``b (r, d_in)``."""
-    module = modeling_template.FactoredLinear(b.shape[1], a.shape[0], a.shape[1], bias is not None, device="meta")
-    module.factor_in.weight = nn.Parameter(b.to(dtype).contiguous(), requires_grad=False)
-    module.factor_out.weight = nn.Parameter(a.to(dtype).contiguous(), requires_grad=False)
-    if bias is not None:
-        module.factor_out.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return module

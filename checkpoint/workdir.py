@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from checkpoint.errors import UserError
 from checkpoint.files import publish, write_json
@@ -74,18 +74,17 @@ class WorkDirectory:
         )
         publish(temporary, path)
 
-    def get(self, stage: str, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a record; raises UserError if it was damaged."""
+    def get(self, stage: str, index: int, ending: str = "") -> dict[str, torch.Tensor]:
+        """The tensors of a record whose names end so; raises UserError if it was damaged."""
         path = self._file(stage, index)
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt") as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys() if name.endswith(ending)}  # noqa: SIM118
         except (SafetensorError, OSError) as problem:
             raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
 
     def notes(self, stage: str, index: int) -> dict[str, Any]:
         """The notes of a record; reads the header alone."""
-        from safetensors import safe_open
-
         path = self._file(stage, index)
         try:
             with safe_open(path, framework="pt") as handle:

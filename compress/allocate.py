@@ -5,6 +5,7 @@ To add one: a function of ``(curves, budget)`` that returns a rank per linear (N
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,25 +20,33 @@ class Unreachable(ValueError):
 
 @dataclass(frozen=True)
 class Curve:
-    """A linear as the allocation sees it: bytes when dense, bytes of one rank, the largest rank that saves.
+    """A linear as the allocation sees it: bytes when dense, and bytes at rank 0, 1, ... up to the largest that saves.
 
-    ``loss[r]`` for r = 0 ... largest is what truncation at r costs (dense costs nothing), in one unit for all
-    linears; empty where it is not known, which only some allocations can do without.
+    ``loss[r]`` for the same ranks is what truncation at r costs (dense costs nothing), in one unit for all linears;
+    empty where it is not known, which only some allocations can do without.
     """
 
     dense: int
-    per_rank: int
-    largest: int
+    sizes: tuple[int, ...]
     loss: tuple[float, ...] = ()
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that saves; 0 where none does."""
+        return len(self.sizes) - 1
 
     def nbytes(self, rank: int | None) -> int:
         """Bytes at a rank; None is dense."""
-        return self.dense if rank is None else rank * self.per_rank
+        return self.dense if rank is None else self.sizes[rank]
 
     @property
     def smallest(self) -> int:
         """Bytes at rank one, or dense where no rank saves."""
-        return self.per_rank if self.largest >= 1 else self.dense
+        return self.sizes[1] if self.largest >= 1 else self.dense
+
+    def rank_within(self, nbytes: float) -> int:
+        """The largest rank (0 at least) that takes no more than ``nbytes``."""
+        return max(bisect_right(self.sizes, nbytes) - 1, 0)
 
 
 Ranks = list[int | None]
@@ -58,17 +67,25 @@ def uniform(curves: Sequence[Curve], budget: int) -> Ranks:
     """
     ranks = _start(curves, budget)
     fraction = min(budget / sum(curve.dense for curve in curves), 1.0)
-    shares = [fraction * curve.dense / curve.per_rank for curve in curves]
     for index, curve in enumerate(curves):
         if curve.largest >= 1:
-            ranks[index] = min(max(int(shares[index]), 1), curve.largest)
+            ranks[index] = max(curve.rank_within(fraction * curve.dense), 1)
     left = budget - sum(curve.nbytes(rank) for curve, rank in zip(curves, ranks, strict=True))
     while left < 0:  # only where linears were lifted to rank one, or are dense because no rank saves
         index = max(range(len(ranks)), key=lambda i: (ranks[i] or 0, -i))
-        ranks[index] = (ranks[index] or 0) - 1
-        left += curves[index].per_rank
+        widest = ranks[index] or 0
+        ranks[index] = widest - 1
+        left += curves[index].sizes[widest] - curves[index].sizes[widest - 1]
+
+    def shortfall(index: int) -> float:
+        """What the linear lacks to its share, in ranks."""
+        curve, rank = curves[index], ranks[index]
+        if rank is None or rank >= curve.largest:
+            return 0.0
+        return (fraction * curve.dense - curve.sizes[rank]) / (curve.sizes[rank + 1] - curve.sizes[rank])
+
     # largest shortfall first; earlier linears first among equals
-    order = sorted(range(len(curves)), key=lambda i: ((ranks[i] or 0) - shares[i], i))
+    order = sorted(range(len(curves)), key=lambda i: (-shortfall(i), i))
     grew = True
     while grew:
         grew = False
@@ -101,7 +118,7 @@ def hull_steps(curve: Curve, index: int) -> list[_Step]:
     if len(curve.loss) != curve.largest + 1:
         raise ValueError(f"a loss for each of {curve.largest + 1} ranks is needed, {len(curve.loss)} given")
     points: list[tuple[int, float, int | None]] = [
-        (rank * curve.per_rank, curve.loss[rank], rank) for rank in range(1, curve.largest + 1)
+        (curve.sizes[rank], curve.loss[rank], rank) for rank in range(1, curve.largest + 1)
     ]
     points.append((curve.dense, 0.0, None))
     hull: list[tuple[int, float, int | None]] = []
@@ -131,7 +148,7 @@ def pooled(curves: Sequence[Curve], budget: int) -> Ranks:
         curve, now = curves[step.index], ranks[step.index]
         cost = curve.nbytes(step.to) - curve.nbytes(now)
         if cost > left:
-            ranks[step.index] = min((now or 0) + left // curve.per_rank, curve.largest)
+            ranks[step.index] = curve.rank_within(curve.nbytes(now) + left)
             break
         ranks[step.index] = step.to
         left -= cost

@@ -18,14 +18,17 @@ from calibration.structure import Group, Layer, Linear
 from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
 from calibration.windows import Windows
 from checkpoint.errors import UserError
+from checkpoint.forms import Part, stored_module
 from checkpoint.memory import release_memory
-from checkpoint.sink import Replacement, factored_module, write_dense, write_factored
+from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
 from compress.allocate import ALLOCATIONS
 from compress.methods import METHODS, NATS
-from compress.parts import Factors, LowRank
+from compress.parts import Factors
+from compress.pivoting import PART_FORMS
 from compress.plan import Plan
 from compress.progress import Stage
+from compress.sizes import largest_rank, rank_parameters
 from compress.truncation import NotFinite
 
 EMPTY = Moments(tokens=0, input_power=0.0)
@@ -106,7 +109,11 @@ def _decompose_linears(
     release_memory()  # the heap that the layer's activations left, before float64 work comes on top
     for linear in linears:
         started = time.monotonic()
-        rank = (plan.ranks[linear.name] or 0) if plan.recipe.mode == "sequential" else linear.largest_rank
+        rank = (
+            (plan.ranks[linear.name] or 0)
+            if plan.recipe.mode == "sequential"
+            else largest_rank(linear, plan.recipe.form)
+        )
         if rank < 1:
             continue  # stays dense
         factors = decompose(plan, open_layer, linear, moments.get(linear.local, EMPTY), rank)
@@ -115,25 +122,36 @@ def _decompose_linears(
     return tensors, notes
 
 
-def choose(plan: Plan, work: WorkDirectory) -> Plan:
-    """The plan with its final ranks: where the allocation reads losses, they are in the records now."""
+Losses = dict[str, torch.Tensor]
+
+
+def read_losses(plan: Plan, work: WorkDirectory) -> Losses:
+    """The recorded losses at every rank, by linear (those that can be factored)."""
+    losses: Losses = {}
+    for layer in plan.structure.layers:
+        record = work.get(stage_name(plan), layer.index, ending=".loss")
+        losses |= {linear.name: record[key] for linear in layer.linears if (key := f"{linear.local}.loss") in record}
+    return losses
+
+
+def choose(plan: Plan, losses: Losses) -> Plan:
+    """The plan with its final ranks: where the allocation reads losses, they are known now."""
     if not ALLOCATIONS[plan.recipe.allocation].reads_losses:
         return plan
-    losses: dict[str, tuple[float, ...]] = {}
-    for layer in plan.structure.layers:
-        record = work.get(stage_name(plan), layer.index)
-        for linear in layer.linears:
-            if linear.largest_rank >= 1:
-                losses[linear.name] = tuple(record[f"{linear.local}.loss"].tolist())
-    return plan.with_ranks(losses)
+    return plan.with_ranks({name: tuple(loss.tolist()) for name, loss in losses.items()})
 
 
-def predicted_loss(plan: Plan, work: WorkDirectory) -> float | None:
+def loss_at(plan: Plan, losses: Losses, linear: Linear) -> float:
+    """The method's loss of a linear at its planned rank, in its own unit."""
+    rank = plan.ranks[linear.name]
+    return 0.0 if rank is None else float(losses[linear.name][rank])
+
+
+def predicted_loss(plan: Plan, losses: Losses) -> float | None:
     """Predicted KL(dense || compressed) in nats per token; None where the method's losses are in another unit."""
     if METHODS[plan.recipe.decomposition].unit != NATS:
         return None
-    parts = Parts(plan, work)
-    return sum(parts.loss(linear) for linear in plan.structure.linears)
+    return sum(loss_at(plan, losses, linear) for linear in plan.structure.linears)
 
 
 def _decompose_layer(
@@ -155,7 +173,7 @@ def _decompose_layer(
         for linear in linears if sequential else []:
             rank = plan.ranks[linear.name]
             if rank is not None:
-                install(plan, open_layer, linear, _slice(tensors, linear, rank))
+                install(plan, open_layer, linear, _part(plan, tensors, linear, rank))
     if sequential and sweep and not last:
         sweep.advance(open_layer)
     return tensors, notes
@@ -170,17 +188,17 @@ def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moment
         raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem
 
 
-def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: LowRank) -> None:
+def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> None:
     """Put a compressed part in the place of its linear, as the checkpoint will hold it."""
     original = open_layer.linear(linear.local)
-    a, b = part.a, part.b
+    bias: torch.Tensor | None = original.bias if linear.has_bias else None  # type: ignore[assignment]
     if plan.recipe.export == "dense":
         module: torch.nn.Module = torch.nn.Linear(linear.d_in, linear.d_out, bias=linear.has_bias, device="meta")
-        module.weight = torch.nn.Parameter(part.dense().to(plan.source.compute_dtype), requires_grad=False)
-        if linear.has_bias:
-            module.bias = original.bias
+        state = {"weight": part.dense().to(plan.source.compute_dtype)}
+        module.load_state_dict(state if bias is None else {**state, "bias": bias.detach()}, assign=True)
+        module.requires_grad_(False)
     else:
-        module = factored_module(a, b, original.bias, plan.source.compute_dtype)  # type: ignore[arg-type]
+        module = stored_module(part, bias, plan.source.compute_dtype)
     open_layer.install(linear.local, module)
 
 
@@ -189,9 +207,9 @@ def _record(factors: Factors, linear: Linear) -> dict[str, torch.Tensor]:
     return {"a": factors.a.to(linear.dtype), "b": factors.b.to(linear.dtype), "loss": factors.loss}
 
 
-def _slice(tensors: dict[str, torch.Tensor], linear: Linear, rank: int) -> LowRank:
+def _part(plan: Plan, tensors: Mapping[str, torch.Tensor], linear: Linear, rank: int) -> Part:
     a, b, loss = (tensors[f"{linear.local}.{key}"] for key in ("a", "b", "loss"))
-    return Factors(a, b, loss).at_rank(rank)
+    return PART_FORMS[plan.recipe.form](Factors(a, b, loss).at_rank(rank))
 
 
 class Parts:
@@ -201,48 +219,31 @@ class Parts:
         self._plan, self._work = plan, work
         self._index, self._tensors = -1, dict[str, torch.Tensor]()
 
-    def part(self, linear: Linear) -> LowRank | None:
-        """The linear's factors at its planned rank; None where it stays dense."""
-        rank = self._plan.ranks[linear.name]
-        return None if rank is None else _slice(self._layer(linear.layer), linear, rank)
-
-    def loss(self, linear: Linear) -> float:
-        """The method's loss at the planned rank, in its own unit."""
-        rank = self._plan.ranks[linear.name]
-        return 0.0 if rank is None else float(self._layer(linear.layer)[f"{linear.local}.loss"][rank])
-
-    def error(self, linear: Linear) -> float:
-        """The method's relative error, ``(loss at the rank / loss of dropping all)^0.5``."""
+    def part(self, linear: Linear) -> Part | None:
+        """The linear's part at its planned rank; None where it stays dense."""
         rank = self._plan.ranks[linear.name]
         if rank is None:
-            return 0.0
-        loss = self._layer(linear.layer)[f"{linear.local}.loss"]
-        return float((loss[rank] / loss[0]).sqrt()) if loss[0] > 0 else 0.0
-
-    def _layer(self, index: int) -> dict[str, torch.Tensor]:
-        if index != self._index:
-            self._tensors = self._work.get(stage_name(self._plan), index)
-            self._index = index
-        return self._tensors
+            return None
+        if linear.layer != self._index:
+            self._tensors = self._work.get(stage_name(self._plan), linear.layer)
+            self._index = linear.layer
+        return _part(self._plan, self._tensors, linear, rank)
 
 
 def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
     """Write the compressed checkpoint into ``directory``; returns the stage and the bytes of tensors."""
     parts = Parts(plan, work)
     factored = [linear for linear in plan.structure.linears if plan.ranks[linear.name] is not None]
-    written: set[str] = set()
     with Stage("writing", len(factored), "matrices") as stage:
 
         def replacement(linear: Linear) -> Replacement:
-            def factors() -> tuple[torch.Tensor, torch.Tensor]:
+            def due() -> Part:
                 part = parts.part(linear)
                 assert part is not None
-                if linear.name not in written:
-                    written.add(linear.name)
-                    stage.step()
-                return part.a, part.b
+                stage.step()
+                return part
 
-            return Replacement(plan.ranks[linear.name] or 0, linear.transposed, factors)
+            return Replacement(plan.recipe.form, plan.ranks[linear.name] or 0, linear.transposed, due)
 
         replaced = {linear.name: replacement(linear) for linear in factored}
         if plan.recipe.export == "dense":
@@ -268,15 +269,16 @@ def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch
     return streamed_logits(plan.source, plan.structure, ids, prepare)
 
 
-def matrix_rows(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
-    """One row per linear for the CSV: rank, kept parameters, relative error, seconds."""
-    parts = Parts(plan, work)
+def matrix_rows(plan: Plan, work: WorkDirectory, losses: Losses) -> list[dict[str, Any]]:
+    """One row per linear for the CSV: rank, kept parameters, relative error ``(loss / loss of dropping all)^0.5``, seconds."""
     rows = []
     for layer in plan.structure.layers:
         notes = work.notes(stage_name(plan), layer.index)
         for linear in layer.linears:
             rank = plan.ranks[linear.name]
-            dense = linear.d_out * linear.d_in
+            parameters = rank_parameters(linear, plan.recipe.form, rank)
+            loss = loss_at(plan, losses, linear)
+            whole = 0.0 if rank is None else float(losses[linear.name][0])
             rows.append(
                 {
                     "layer": layer.index,
@@ -284,10 +286,10 @@ def matrix_rows(plan: Plan, work: WorkDirectory) -> list[dict[str, Any]]:
                     "d_out": linear.d_out,
                     "d_in": linear.d_in,
                     "rank": "dense" if rank is None else rank,
-                    "parameters": dense if rank is None else rank * (linear.d_out + linear.d_in),
-                    "kept": round(1.0 if rank is None else rank * (linear.d_out + linear.d_in) / dense, 4),
-                    "relative_error": round(parts.error(linear), 6),
-                    "loss": float(f"{parts.loss(linear):.6g}"),
+                    "parameters": parameters,
+                    "kept": round(parameters / (linear.d_out * linear.d_in), 4),
+                    "relative_error": round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,
+                    "loss": float(f"{loss:.6g}"),
                     "seconds": notes.get(linear.local, {}).get("seconds", 0.0),
                 }
             )

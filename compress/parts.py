@@ -32,6 +32,7 @@ class LowRank:
 
     a: torch.Tensor
     b: torch.Tensor
+    form: str = "factors"
 
     @property
     def rank(self) -> int:
@@ -39,10 +40,47 @@ class LowRank:
         return self.a.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.a.nbytes + self.b.nbytes
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.a.shape[0], self.b.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the module holds them."""
+        return {"factor_in.weight": self.b, "factor_out.weight": self.a}
 
     def dense(self) -> torch.Tensor:
         """The product ``(d_out, d_in)``, multiplied in float32, in the factors' dtype."""
         return (self.a.float() @ self.b.float()).to(self.a.dtype)
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """The same product as r of its own rows and the coefficients that give the others: ``r (d_out + d_in - r)`` numbers.
+
+    ``rows`` is ``(r, d_in)``, ``coefficients`` ``(d_out - r, r)``; row j of ``W'`` is row ``order[j]`` of
+    ``[rows; coefficients @ rows]``, ``order`` int32 ``(d_out,)``.
+    """
+
+    rows: torch.Tensor
+    coefficients: torch.Tensor
+    order: torch.Tensor
+    form: str = "pivoted"
+
+    @property
+    def rank(self) -> int:
+        """The number of rows kept."""
+        return self.rows.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.order.shape[0], self.rows.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the module holds them."""
+        return {"factor_in.weight": self.rows, "factor_out.weight": self.coefficients, "order": self.order}
+
+    def dense(self) -> torch.Tensor:
+        """The product ``(d_out, d_in)``, multiplied in float32, in the rows' dtype."""
+        rest = (self.coefficients.float() @ self.rows.float()).to(self.rows.dtype)
+        return torch.cat([self.rows, rest])[self.order]

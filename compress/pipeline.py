@@ -40,6 +40,7 @@ CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (pe
 COLLECTED = (
     "decomposition",
     "mode",
+    "form",
     "damping",
     "fisher",
     "gradient_tokens",
@@ -211,10 +212,12 @@ def produce(
 ) -> None:
     """Collect what is missing, write into OUTPUT.partial, check it in a fresh process, give it its name."""
     stages += driver.collect(plan, windows, work)
-    plan = driver.choose(plan, work)
-    predicted = driver.predicted_loss(plan, work)
+    losses = driver.read_losses(plan, work)
+    plan = driver.choose(plan, losses)
+    predicted = driver.predicted_loss(plan, losses)
     if predicted is not None:
-        say(f"predicted loss at {plan.ratio:g}: {predicted:.4f} nats per token")
+        size = f"{plan.sizes.achieved_ratio:.4f} of the {plan.recipe.ratio_scope}"
+        say(f"predicted loss at {plan.ratio:g} ({size}): {predicted:.4f} nats per token")
     partial = output.with_name(output.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -230,7 +233,7 @@ def produce(
         plan=plan,
         fingerprint=identity,
         windows=None if windows is None else windows.provenance,
-        rows=driver.matrix_rows(plan, work),
+        rows=driver.matrix_rows(plan, work, losses),
         predicted=predicted,
         stages=[item.as_dict() for item in stages],
         run={

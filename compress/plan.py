@@ -17,7 +17,7 @@ from checkpoint.workdir import free_bytes
 from compress.allocate import ALLOCATIONS
 from compress.methods import METHODS
 from compress.recipe import Recipe
-from compress.sizes import Sizes, choose_ranks, measure
+from compress.sizes import Sizes, choose_ranks, largest_rank, measure
 
 PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
@@ -92,9 +92,9 @@ def make_plan(
     allocation = recipe.allocation
     if ALLOCATIONS[allocation].reads_losses and losses is None:
         allocation = "uniform"
-    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, losses)
+    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.form, losses)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
-    sizes = measure(linears, ranks, source.nbytes, parameters, recipe.ratio_scope)
+    sizes = measure(linears, ranks, recipe.form, source.nbytes, parameters, recipe.ratio_scope)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
             f"--target-ratio {ratio:g} cannot be met to 0.005: ranks are whole numbers and the nearest below gives "
@@ -121,7 +121,11 @@ def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes
     backward = "gradient" in METHODS[recipe.decomposition].needs
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
     hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
-    factors = sum(linear.largest_rank * linear.rank_nbytes for linear in structure.linears)
+    # the records hold both factors of every rank that the form can store
+    factors = sum(
+        largest_rank(linear, recipe.form) * (linear.d_out + linear.d_in) * linear.dtype.itemsize
+        for linear in structure.linears
+    )
     if recipe.mode == "sequential":
         factors = sizes.bytes_after
     layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)
@@ -187,13 +191,14 @@ def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
     ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears factored"
-    if ALLOCATIONS[recipe.allocation].reads_losses:
+    open_yet = ALLOCATIONS[recipe.allocation].reads_losses
+    if open_yet:
         ranks = "ranks are chosen when the losses are known"
     lines = [
         f"model      {source.directory}: {type(source.model).__name__}, {len(plan.structure.layers)} layers, "
         f"{sizes.bytes_before / 1e6:.1f} MB, computed in {str(source.compute_dtype).removeprefix('torch.')} ({plan.dtype_reason})",
         f"recipe     {recipe.name}: {recipe.summary} [{recipe.decomposition}, {recipe.allocation}, {recipe.mode}]",
-        f"sizes      asked {plan.ratio:g} of the {recipe.ratio_scope}, planned {sizes.achieved_ratio:.4f}: "
+        f"sizes      asked {plan.ratio:g} of the {recipe.ratio_scope}, planned {'about ' if open_yet else ''}{sizes.achieved_ratio:.4f}: "
         f"{sizes.bytes_after / 1e6:.1f} MB, {ranks}",
         f"           decoder parameters {sizes.decoder_linear_parameters:.3f}, model parameters {sizes.model_parameters:.3f}, "
         f"bytes {sizes.model_bytes:.3f}, {sizes.bits_per_decoder_weight:.2f} bits per decoder weight",

@@ -15,12 +15,14 @@ import yaml
 from checkpoint.errors import UserError
 from compress.allocate import ALLOCATIONS
 from compress.methods import METHODS
+from compress.pivoting import PART_FORMS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decomposition": tuple(METHODS),
     "allocation": tuple(ALLOCATIONS),
     "mode": ("one-shot", "sequential"),
     "ratio_scope": ("model", "decoder"),
+    "form": tuple(PART_FORMS),
     "export": ("factored", "dense"),
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
@@ -32,6 +34,7 @@ MICRO_BATCH_TOKENS = 2048
 class Recipe:
     """Everything that decides the result, besides the model and the target ratio.
 
+    ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others.
     ``damping`` is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says
     whose labels the loss gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens``
     of the calibration tokens go backward; ``calibration`` is a file, a dataset or ``offline``; ``evaluate`` is a preset,
@@ -44,6 +47,7 @@ class Recipe:
     summary: str = ""
     paper: str = ""
     allocation: str = "uniform"
+    form: str = "factors"
     damping: float = 0.0
     fisher: str = "sampled"
     gradient_tokens: int = 65536

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from calibration.structure import Linear
 from checkpoint.errors import UserError
+from checkpoint.forms import FORMS
 from compress.allocate import ALLOCATIONS, Curve, Unreachable
 
 
@@ -27,9 +28,27 @@ class Sizes:
         return asdict(self)
 
 
-def curve_of(linear: Linear, loss: tuple[float, ...] = ()) -> Curve:
-    """A linear as the allocation sees it."""
-    return Curve(linear.nbytes, linear.rank_nbytes, linear.largest_rank, loss)
+def curve_of(linear: Linear, form: str, loss: tuple[float, ...] = ()) -> Curve:
+    """A linear, stored in ``form``, as the allocation sees it."""
+    return Curve(linear.nbytes, FORMS[form].sizes(linear.d_out, linear.d_in, linear.dtype.itemsize), loss)
+
+
+def largest_rank(linear: Linear, form: str) -> int:
+    """The largest rank that ``form`` stores in fewer bytes than the dense weight (0: none is)."""
+    return curve_of(linear, form).largest
+
+
+def rank_nbytes(linear: Linear, form: str, rank: int | None) -> int:
+    """Bytes at a rank; None is dense."""
+    if rank is None:
+        return linear.nbytes
+    return FORMS[form].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
+
+
+def rank_parameters(linear: Linear, form: str, rank: int | None) -> int:
+    """Parameters at a rank; None is dense."""
+    dense = linear.d_out * linear.d_in
+    return dense if rank is None else FORMS[form].parameters(rank, linear.d_out, linear.d_in)
 
 
 def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str) -> int:
@@ -44,6 +63,7 @@ def choose_ranks(
     ratio: float,
     scope: str,
     allocation: str,
+    form: str,
     losses: Mapping[str, tuple[float, ...]] | None = None,
 ) -> dict[str, int | None]:
     """Rank (None: dense) per linear for a target ratio; ``losses`` where the allocation reads them.
@@ -51,7 +71,7 @@ def choose_ranks(
     Raises UserError naming the smallest ratio that can be reached where this one cannot.
     """
     budget = budget_for(linears, model_bytes, ratio, scope)
-    curves = [curve_of(linear, (losses or {}).get(linear.name, ())) for linear in linears]
+    curves = [curve_of(linear, form, (losses or {}).get(linear.name, ())) for linear in linears]
     try:
         ranks = ALLOCATIONS[allocation].choose(curves, budget)
     except Unreachable as problem:
@@ -67,16 +87,18 @@ def choose_ranks(
 
 
 def measure(
-    linears: Sequence[Linear], ranks: Mapping[str, int | None], model_bytes: int, model_parameters: int, scope: str
+    linears: Sequence[Linear],
+    ranks: Mapping[str, int | None],
+    form: str,
+    model_bytes: int,
+    model_parameters: int,
+    scope: str,
 ) -> Sizes:
     """The sizes of a choice of ranks."""
     dense_parameters = sum(linear.d_out * linear.d_in for linear in linears)
     dense_bytes = sum(linear.nbytes for linear in linears)
-    kept_parameters = kept_bytes = 0
-    for linear in linears:
-        rank = ranks[linear.name]
-        kept_parameters += linear.d_out * linear.d_in if rank is None else rank * (linear.d_out + linear.d_in)
-        kept_bytes += linear.nbytes if rank is None else rank * linear.rank_nbytes
+    kept_parameters = sum(rank_parameters(linear, form, ranks[linear.name]) for linear in linears)
+    kept_bytes = sum(rank_nbytes(linear, form, ranks[linear.name]) for linear in linears)
     after = model_bytes - dense_bytes + kept_bytes
     return Sizes(
         decoder_linear_parameters=kept_parameters / dense_parameters,

@@ -9,19 +9,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint.forms import FORMS
 from compress.allocate import Curve, Unreachable, hull_steps, pooled, uniform
 
 
-def curve(d_out: int, d_in: int, seed: int = 0, itemsize: int = 2) -> Curve:
+def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors") -> Curve:
     """A linear of a random falling, not always convex, loss."""
-    largest = (d_out * d_in - 1) // (d_out + d_in)
-    power = torch.rand(largest, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    sizes = FORMS[form].sizes(d_out, d_in, itemsize=2)
+    power = torch.rand(len(sizes) - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
     power = power.sort(descending=True).values if seed % 2 else power
     loss = torch.cat([power.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) + 1e-3
-    return Curve(d_out * d_in * itemsize, (d_out + d_in) * itemsize, largest, tuple(loss.tolist()))
+    return Curve(d_out * d_in * 2, sizes, tuple(loss.tolist()))
 
 
-CURVES = st.lists(st.builds(curve, st.integers(2, 60), st.integers(2, 60), st.integers(0, 99)), min_size=1, max_size=12)
+FORM = st.sampled_from(sorted(FORMS))
+CURVES = st.lists(
+    st.builds(curve, st.integers(2, 60), st.integers(2, 60), st.integers(0, 99), FORM), min_size=1, max_size=12
+)
 
 
 def taken(curves: list[Curve], ranks: list[int | None]) -> int:
@@ -44,7 +48,8 @@ def test_the_budget_is_met(allocation, curves, ratio):
     assert taken(curves, ranks) <= budget
     assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(curves, ranks, strict=True))
     if allocation is uniform:
-        growable = [item.per_rank for item, rank in zip(curves, ranks, strict=True) if rank and rank < item.largest]
+        pairs = zip(curves, ranks, strict=True)
+        growable = [item.sizes[rank + 1] - item.sizes[rank] for item, rank in pairs if rank and rank < item.largest]
         assert not growable or budget - taken(curves, ranks) < min(growable), "one more rank would still fit"
 
 
@@ -75,7 +80,7 @@ def test_a_larger_budget_never_lowers_a_rank(curves, one, other):
 
 
 @given(
-    st.lists(st.builds(curve, st.integers(3, 9), st.integers(3, 9), st.integers(0, 99)), min_size=1, max_size=3),
+    st.lists(st.builds(curve, st.integers(3, 9), st.integers(3, 9), st.integers(0, 99), FORM), min_size=1, max_size=3),
     st.floats(0, 1),
 )
 def test_pooled_against_brute_force(curves, fraction):
