@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     text = main.add_argument_group("calibration")
     text.add_argument(
-        "--calibration", metavar="PATH|DATASET", help="text file, .jsonl, .parquet, NAME:CONFIG:SPLIT, or offline"
+        "--calibration",
+        metavar="PATH|DATASET",
+        help="text file, .jsonl, .parquet, NAME:CONFIG:SPLIT, or offline; several by comma",
     )
     text.add_argument("--calibration-tokens", type=int, metavar="N", help="how many tokens (65536)")
     text.add_argument("--sequence-length", type=int, metavar="L", help="tokens per window (512)")

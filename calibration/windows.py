@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,18 +119,43 @@ def _documents(records: Iterator[Any], name: str) -> Iterator[str]:
             yield text + "\n\n"
 
 
-def make_windows(tokenizer: Any, calibration: str, tokens: int, length: int, seed: int, vocabulary: int) -> Windows:
-    """``tokens // length`` windows of ``length`` tokens from the text named by ``calibration``.
+def make_windows(tokenizer: Any, texts: Sequence[str], tokens: int, length: int, seed: int, vocabulary: int) -> Windows:
+    """``tokens // length`` windows of ``length`` tokens, an equal share (to one window) from each of the texts.
 
-    Raises UserError if the text gives fewer tokens, or ids outside the model's vocabulary.
+    Raises UserError if a text gives fewer tokens, or ids outside the model's vocabulary.
     """
     wanted = tokens // length
-    if wanted < 1:
-        raise UserError(f"--calibration-tokens {tokens} is less than one window of {length}; ask for more tokens")
+    if wanted < len(texts):
+        raise UserError(
+            f"--calibration-tokens {tokens} is less than one window of {length} for each text; ask for more tokens"
+        )
+    shares = [wanted // len(texts) + (index < wanted % len(texts)) for index in range(len(texts))]
+    drawn = [_draw(tokenizer, text, share, length, seed) for text, share in zip(texts, shares, strict=True)]
+    # in turn, so that the first windows, which alone go backward where gradients use fewer tokens, are of every text
+    turns = [(index, text) for text, share in enumerate(shares) for index in range(share)]
+    ids = torch.stack([drawn[text].ids[index] for index, text in sorted(turns)])
+    if int(ids.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives id {int(ids.max())}, the model has {vocabulary}; they do not belong together"
+        )
+    provenance = {
+        "texts": [one.provenance for one in drawn],
+        "policy": POLICY,
+        "windows": wanted,
+        "sequence_length": length,
+        "tokens": wanted * length,
+        "seed": seed,
+        "token_ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+    }
+    return Windows(ids, provenance)
+
+
+def _draw(tokenizer: Any, text: str, wanted: int, length: int, seed: int) -> Windows:
+    """``wanted`` windows of one text."""
     stream: list[int] = []
     text_hash = hashlib.sha256()
     characters = 0
-    for piece in read_text(calibration):
+    for piece in read_text(text):
         stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
         text_hash.update(piece.encode())
         characters += len(piece)
@@ -138,31 +163,22 @@ def make_windows(tokenizer: Any, calibration: str, tokens: int, length: int, see
             break
     if not stream:
         raise UserError(
-            f"the tokenizer gives no token for {calibration}; is the text empty, or are the tokenizer's files missing?"
+            f"the tokenizer gives no token for {text}; is the text empty, or are the tokenizer's files missing?"
         )
     available = len(stream) // length
     if available < wanted:
         raise UserError(
-            f"calibration text {calibration} gives {len(stream):,} tokens, {wanted * length:,} are asked for; "
+            f"calibration text {text} gives {len(stream):,} tokens, {wanted * length:,} are asked for; "
             f"bring more text or say --calibration-tokens {available * length}"
         )
     pool = min(available, POOL * wanted)
     drawn = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
     ids = torch.tensor(stream[: pool * length], dtype=torch.int64).view(pool, length)[drawn].clone()
-    if int(ids.max()) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives id {int(ids.max())}, the model has {vocabulary}; they do not belong together"
-        )
-    provenance = {
-        "text": calibration,
-        "policy": POLICY,
+    told = {
+        "text": text,
         "windows": wanted,
-        "sequence_length": length,
-        "tokens": wanted * length,
         "drawn_from_windows": pool,
-        "seed": seed,
         "characters_read": characters,
         "text_sha256": text_hash.hexdigest(),
-        "token_ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
-    return Windows(ids, provenance)
+    return Windows(ids, told)

@@ -149,12 +149,7 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
         return None
     from transformers import AutoTokenizer
 
-    if recipe.calibration == OFFLINE:
-        from eval.offline import ensure
-
-        text = str(ensure("texts") / "boolq-train.txt")
-    else:
-        text = recipe.calibration
+    texts = [_offline_text() if name == OFFLINE else name for name in recipe.calibration_texts]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory)
     except (ValueError, OSError, KeyError, TypeError) as problem:
@@ -167,7 +162,13 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
             f"--sequence-length {recipe.sequence_length} is more than the model's {positions} positions; ask for less"
         )
     vocabulary = source.config.get_text_config().vocab_size
-    return make_windows(tokenizer, text, recipe.calibration_tokens, recipe.sequence_length, recipe.seed, vocabulary)
+    return make_windows(tokenizer, texts, recipe.calibration_tokens, recipe.sequence_length, recipe.seed, vocabulary)
+
+
+def _offline_text() -> str:
+    from eval.offline import ensure
+
+    return str(ensure("texts") / "boolq-train.txt")
 
 
 def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, weights: str) -> dict[str, Any]:

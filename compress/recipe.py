@@ -34,11 +34,11 @@ MICRO_BATCH_TOKENS = 2048
 class Recipe:
     """Everything that decides the result, besides the model and the target ratio.
 
-    ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others.
-    ``damping`` is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says
-    whose labels the loss gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens``
-    of the calibration tokens go backward; ``calibration`` is a file, a dataset or ``offline``; ``evaluate`` is a preset,
-    tasks, or ``none``.
+    ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
+    is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
+    gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens`` of the calibration tokens go
+    backward; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
+    ``evaluate`` is a preset, tasks, or ``none``.
     """
 
     name: str
@@ -84,6 +84,13 @@ class Recipe:
                 f"recipe {self.name}: sequence_length must be at least 2, the numbers of tokens positive, "
                 "seed not negative and damping from 0 to below 1"
             )
+
+    @property
+    def calibration_texts(self) -> list[str]:
+        """The calibration texts by name; an existing file may have a comma in its own."""
+        if Path(self.calibration).expanduser().exists():
+            return [self.calibration]
+        return [name for name in self.calibration.split(",") if name] or [self.calibration]
 
     @property
     def gradient_windows(self) -> int:

@@ -68,8 +68,9 @@ def card(report: dict[str, Any], table: str | None) -> str:
     name = Path(report["model"]).resolve().name
     trust = ", trust_remote_code=True" if recipe["export"] == "factored" else ""
     calibration = report["calibration"]
+    texts = ", ".join(Path(item["text"]).name for item in calibration["texts"]) if calibration else ""
     text = (
-        f"{calibration['tokens']:,} tokens of `{Path(calibration['text']).name}` in windows of {calibration['sequence_length']}, "
+        f"{calibration['tokens']:,} tokens of `{texts}` in windows of {calibration['sequence_length']}, "
         f"seed {calibration['seed']} ({calibration['policy']})"
         if calibration
         else "no calibration text (data-free)"

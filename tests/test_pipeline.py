@@ -178,11 +178,27 @@ def test_text_files_of_every_kind_give_the_same_kind_of_windows(models, tmp_path
 
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
     (tmp_path / "a.md").write_text("".join(item + "\n\n" for item in documents))
-    made = [make_windows(tokenizer, str(tmp_path / name), 640, 64, 3, 272) for name in ("a.jsonl", "a.parquet", "a.md")]
+    made = [
+        make_windows(tokenizer, [str(tmp_path / name)], 640, 64, 3, 272) for name in ("a.jsonl", "a.parquet", "a.md")
+    ]
     assert made[0].tokens == 640 and all(torch.equal(made[0].ids, other.ids) for other in made)
     assert made[0].provenance["token_ids_sha256"] == made[1].provenance["token_ids_sha256"]
-    other = make_windows(tokenizer, str(tmp_path / "a.md"), 640, 64, 4, 272)
+    other = make_windows(tokenizer, [str(tmp_path / "a.md")], 640, 64, 4, 272)
     assert not torch.equal(other.ids, made[0].ids), "the seed draws the windows"
+
+
+def test_a_mixture_takes_an_equal_share_of_each_text(models, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} word " * 400)
+    recipe = load_recipe("svd-llm").override({"calibration": f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"})
+    mixed = make_windows(tokenizer, recipe.calibration_texts, 7 * 64, 64, 0, 272)
+    alone = [
+        make_windows(tokenizer, [str(tmp_path / f"{name}.txt")], count * 64, 64, 0, 272)
+        for name, count in (("a", 4), ("b", 3))
+    ]
+    assert torch.equal(mixed.ids[0::2], alone[0].ids) and torch.equal(mixed.ids[1::2], alone[1].ids)
+    assert [item["windows"] for item in mixed.provenance["texts"]] == [4, 3]
 
 
 def peak_of(directory: Path, text: Path, output: Path) -> int:
