@@ -57,6 +57,7 @@ def main() -> None:
         for ratio in options.ratios:
             reports[recipe, ratio] = json.loads((output / f"ratio-{float(ratio):.2f}" / "report.json").read_text())
 
+    measured: list[tuple[str, float, float | None, list[float], list[float]]] = []
     texts = EvaluationSettings(texts=(options.text, "boolq-validation"), max_windows=options.windows)
     baseline: dict[str, list[float]] = {}
     for (recipe, ratio), report in reports.items():
@@ -95,6 +96,17 @@ def main() -> None:
                 f"{extra / base:.3f}",
             ]
         line(cells)
+        kl = [item.kl_nats_per_token for item in compressed.divergences]
+        measured.append((recipe, report["sizes"]["achieved_ratio"], predicted, excess, kl))
+    plot(measured, names)
+    print()
+    for recipe in options.recipes:
+        first, last = (reports[recipe, options.ratios[index]] for index in (0, -1))
+        stages = ", ".join(f"{item['stage']} {item['seconds']:.0f} s" for item in first["stages"])
+        print(
+            f"{recipe}: {stages}; one ratio {first['run']['seconds']:.0f} s, all {len(options.ratios)} "
+            f"{last['run']['seconds']:.0f} s; peak {last['run']['peak_memory_bytes'] / 1e6:.0f} MB"
+        )
     print(
         f"\n{model.name}, decoder scope, {reports[options.recipes[0], options.ratios[0]]['calibration']['tokens']:,} calibration tokens,"
     )
@@ -111,6 +123,33 @@ def main() -> None:
                 line(["---"] * (len(TASKS) + 2))
                 line(["dense", *accuracies(dense)])
             line([recipe, *accuracies(compressed)])
+
+
+def plot(measured: list[tuple[str, float, float | None, list[float], list[float]]], texts: list[str]) -> None:
+    """Excess of every recipe, and predicted loss beside measured KL, over the ratios: RESULTS/loss-aware.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for recipe in dict.fromkeys(item[0] for item in measured):
+        rows = sorted(item for item in measured if item[0] == recipe)
+        for index, text in enumerate(texts):
+            style = ("-o", "--s")[index % 2]
+            left.plot([row[1] for row in rows], [row[3][index] for row in rows], style, label=f"{recipe}, {text}")
+            if all(row[2] is not None for row in rows):
+                right.plot([row[1] for row in rows], [row[4][index] for row in rows], style, label=f"KL on {text}")
+        if all(row[2] is not None for row in rows):
+            right.plot([row[1] for row in rows], [row[2] or 0.0 for row in rows], "k:^", label=f"predicted, {recipe}")
+    left.set(title="excess loss, nats per token", xlabel="decoder ratio", yscale="log")
+    right.set(title="predicted and measured KL(dense || compressed)", xlabel="decoder ratio", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "loss-aware.png", dpi=110)
+    print(f"\nplot: {RESULTS / 'loss-aware.png'}")
 
 
 def accuracies(evaluation: Any) -> list[str]:
