@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--form", choices=CHOICES["form"], help="how a product is stored: factors, or pivoted (fewer bytes)"
     )
+    what.add_argument(
+        "--refit", choices=CHOICES["refit"], help="refit outer factors on the compressed model's inputs, group by group"
+    )
     what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     text = main.add_argument_group("calibration")
     text.add_argument(

@@ -8,7 +8,7 @@ wide linear, ``P = W^T G W`` of a tall one, as the second moment of ``W^T g``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +24,12 @@ class Moments:
     """Means over ``tokens`` tokens, float32.
 
     ``input``: ``(d_in, d_in)`` or None; ``output``: ``(d_out, d_out)`` or None; ``mean_absolute``:
-    ``(d_in,)`` or None; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input moment's diagonal.
+    ``(d_in,)`` or None, as are ``mean`` and ``mean_square``; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input
+    moment's diagonal.
 
     Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
     ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
+    ``row_fisher`` ``(d_out,)`` or None: ``E[g_i^2 |x|^2]``, the Fisher information of row i summed over its weights;
     ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly.
     """
 
@@ -36,10 +38,13 @@ class Moments:
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
     mean_absolute: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    mean_square: torch.Tensor | None = None
     gradient_tokens: int = 0
     gradient_power: float = 0.0
     gradient: torch.Tensor | None = None
     pulled: torch.Tensor | None = None
+    row_fisher: torch.Tensor | None = None
     input_samples: torch.Tensor | None = None
     gradient_samples: torch.Tensor | None = None
 
@@ -50,6 +55,14 @@ class Moments:
         if self.output is None:
             raise ValueError("no second moment was collected")
         return self.output.double()
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Means over tokens, float32: ``target_inner`` ``E[y z^T] (d_out, r)`` and ``inner`` ``E[z z^T] (r, r)``."""
+
+    target_inner: torch.Tensor
+    inner: torch.Tensor
 
 
 def module_weight(module: torch.nn.Module) -> torch.Tensor:
@@ -85,14 +98,43 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
             total.addmm_(wide.T, wide)
 
 
+# sums over tokens of a function of each input channel, by the name of the moment
+CHANNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean_absolute": torch.abs,
+    "mean": lambda rows: rows,
+    "mean_square": lambda rows: rows.float().square(),
+}
+
+
+class Rows:
+    """Kept rows, in one block from the start: small pieces kept between the large ones of a pass would hold the heap open."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._used = capacity, 0
+        self._block: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Keep ``rows`` ``(n, d)``."""
+        if self._block is None:
+            self._block = torch.empty(self._capacity, rows.shape[1], dtype=rows.dtype)
+        self._block[self._used : self._used + len(rows)] = rows
+        self._used += len(rows)
+
+    def kept(self) -> torch.Tensor | None:
+        """All rows, or None if there was none."""
+        return None if self._block is None else self._block[: self._used]
+
+
 class GroupCollector:
     """Sums the moments of one group of linears that share an input, through forward hooks.
 
-    ``needs`` names what the method uses: ``second``, ``mean_absolute``, ``gradient`` and ``samples``; the last two see
-    the batches that are run under autograd, of which ``samples`` keeps ``samples_per_batch`` tokens each.
+    ``needs`` names what the method uses: ``second``, ``mean_absolute``, ``mean``, ``mean_square``, and of the ``batches`` that
+    are run under autograd ``gradient``, ``row_fisher`` and ``samples``, which keeps about ``samples`` tokens in all.
     """
 
-    def __init__(self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples_per_batch: int = 0) -> None:
+    def __init__(
+        self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples: int = 0, batches: int = 1
+    ) -> None:
         self._sizes = sizes
         self._first = next(iter(sizes))
         width = sizes[self._first][1]
@@ -102,16 +144,22 @@ class GroupCollector:
         second = "second" in needs
         self._input = torch.zeros(width, width) if second and at_input else None
         self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if second and not at_input else {}
-        self._absolute = torch.zeros(width) if "mean_absolute" in needs else None
+        self._of_channels = {
+            name: (function, torch.zeros(width)) for name, function in CHANNELS.items() if name in needs
+        }
+        self._row_fisher = {name: torch.zeros(d) for name, (d, _) in sizes.items() if "row_fisher" in needs}
+        self._lengths = torch.empty(0)  # |x|^2 of the tokens of the batch that is going backward
         self._gradients = {
             name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
         }
-        self._per_batch = samples_per_batch if "samples" in needs else 0
+        self._per_batch = -(-samples // batches) if "samples" in needs else 0
+        self._batches = 0
         self._picked = torch.empty(0, dtype=torch.int64)
-        self._input_samples: list[torch.Tensor] = []
-        self._gradient_samples: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
-        self._gradient_tokens = dict.fromkeys(self._gradients, 0)
-        self._gradient_power = dict.fromkeys(self._gradients, 0.0)
+        self._input_samples = Rows(self._per_batch * batches)
+        self._gradient_samples = {name: Rows(self._per_batch * batches) for name in sizes}
+        self._watched = [name for name in sizes if name in self._gradients or name in self._row_fisher]
+        self._gradient_tokens = dict.fromkeys(self._watched, 0)
+        self._gradient_power = dict.fromkeys(self._watched, 0.0)
 
     def hooks(self, modules: dict[str, torch.nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
         """Register on the group's modules; the caller removes the handles."""
@@ -122,7 +170,7 @@ class GroupCollector:
                     lambda module, _, y, name=name: self.see_output(name, y, module.bias)
                 )
             )
-        for name in self._gradients:
+        for name in self._watched:
             handles.append(
                 modules[name].register_forward_hook(
                     lambda module, args, y, name=name: self._watch(name, module, args[0], y)
@@ -132,10 +180,12 @@ class GroupCollector:
 
     def _watch(self, name: str, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         if y.requires_grad:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            if self._row_fisher and name == self._first:
+                self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
             if self._per_batch and name == self._first:
-                rows = x.detach().reshape(-1, x.shape[-1])
                 self._picked = self._pick(rows.shape[0])
-                self._input_samples.append(rows[self._picked])
+                self._input_samples.add(rows[self._picked])
             y.register_hook(lambda g: self.see_gradient(name, g, module_weight(module)))
 
     @torch.no_grad()
@@ -146,8 +196,8 @@ class GroupCollector:
         self._power += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / rows.shape[1]
         if self._input is not None:
             add_gram(self._input, rows)
-        if self._absolute is not None:
-            self._absolute += rows.abs().sum(0, dtype=torch.float32)
+        for function, total in self._of_channels.values():
+            total += function(rows).sum(0, dtype=torch.float32)
 
     @torch.no_grad()
     def see_output(self, name: str, y: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -160,7 +210,8 @@ class GroupCollector:
 
         That token's activations are often enormous, and ten times too many of it would rule the samples.
         """
-        generator = torch.Generator().manual_seed(len(self._input_samples))
+        generator = torch.Generator().manual_seed(self._batches)
+        self._batches += 1
         return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values
 
     @torch.no_grad()
@@ -170,30 +221,43 @@ class GroupCollector:
         d_out, d_in = self._sizes[name]
         self._gradient_tokens[name] += rows.shape[0]
         if self._per_batch:
-            self._gradient_samples[name].append(rows[self._picked])
+            self._gradient_samples[name].add(rows[self._picked])
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
-        add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
+        if name in self._gradients:
+            add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
+        if name in self._row_fisher:
+            self._row_fisher[name] += self._lengths @ rows.float().square()
 
     def moments(self) -> dict[str, Moments]:
         """Per linear of the group; members share the tensors of the input side."""
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input / count
-        absolute = None if self._absolute is None else self._absolute / count
+        channels = {name: total / count for name, (_, total) in self._of_channels.items()}
         found = {}
         for name, (d_out, d_in) in self._sizes.items():
             output = self._outputs[name] / count if name in self._outputs else None
-            moments = Moments(self._tokens, self._power / count, shared, output, absolute)
-            if name in self._gradients:
+            moments = Moments(
+                self._tokens,
+                self._power / count,
+                shared,
+                output,
+                mean_absolute=channels.get("mean_absolute"),
+                mean=channels.get("mean"),
+                mean_square=channels.get("mean_square"),
+            )
+            if name in self._watched:
                 seen = max(self._gradient_tokens[name], 1)
-                second = self._gradients[name] / seen
+                second = self._gradients[name] / seen if name in self._gradients else None
+                rows = self._row_fisher[name] / seen if name in self._row_fisher else None
                 moments = replace(
                     moments,
                     gradient_tokens=self._gradient_tokens[name],
                     gradient_power=self._gradient_power[name] / seen,
                     gradient=second if d_out <= d_in else None,
                     pulled=None if d_out <= d_in else second,
-                    input_samples=torch.cat(self._input_samples) if self._input_samples else None,
-                    gradient_samples=torch.cat(kept) if (kept := self._gradient_samples[name]) else None,
+                    row_fisher=rows,
+                    input_samples=self._input_samples.kept(),
+                    gradient_samples=self._gradient_samples[name].kept(),
                 )
             found[name] = moments
         return found

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibration.moments import module_weight
+from calibration.roles import role_of
 from checkpoint.errors import UserError
 from checkpoint.source import Source
 
@@ -32,7 +33,7 @@ class Linear:
     """One linear map ``y = W x + b`` of a decoder layer; ``W`` is ``(d_out, d_in)`` whatever the storage.
 
     ``name`` is the module's path in the model, ``local`` its path in the layer; ``nbytes`` counts the
-    weight as stored in the source, without the bias.
+    weight as stored in the source, without the bias. ``role`` is from the table in roles.py.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Linear:
     transposed: bool
     has_bias: bool
     dtype: torch.dtype
+    role: str
 
     @property
     def nbytes(self) -> int:
@@ -170,9 +172,8 @@ def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names:
         d_out, d_in = module_weight(module).shape
         name = f"{layer_path}.{local}"
         dtype = source.stored(f"{name}.weight").dtype
-        members.append(
-            Linear(name, local, index, d_out, d_in, isinstance(module, Conv1D), module.bias is not None, dtype)
-        )
+        transposed, has_bias = isinstance(module, Conv1D), module.bias is not None
+        members.append(Linear(name, local, index, d_out, d_in, transposed, has_bias, dtype, role_of(local)))
     return Group(tuple(members))
 
 

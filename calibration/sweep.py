@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from calibration.labels import Labels, loss_gradient, next_tokens, sample, uniforms
-from calibration.moments import GroupCollector, Moments
+from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
 from calibration.store import HiddenStates
 from calibration.structure import Group, Layer, Stop, Structure, first_of, patched_forwards, split_call
 from calibration.windows import Windows
@@ -127,6 +127,18 @@ class OpenLayer:
         self._replaced.setdefault(local, self.module.get_submodule(local))
         self.module.set_submodule(local, module)
 
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """The original linears in their places for a while."""
+        installed = {local: self.module.get_submodule(local) for local in self._replaced}
+        for local, module in self._replaced.items():
+            self.module.set_submodule(local, module)
+        try:
+            yield
+        finally:
+            for local, module in installed.items():
+                self.module.set_submodule(local, module)
+
     def restore(self) -> None:
         """Put the original linears back."""
         for local, module in self._replaced.items():
@@ -193,15 +205,67 @@ class Sweep:
                 handle.remove()
         return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
+    def collect_cross(
+        self, open_layer: OpenLayer, group: Group, inner: Mapping[str, torch.Tensor], dense: Sweep | None
+    ) -> dict[str, Cross]:
+        """Second moments of targets and inner outputs ``z = b x`` for a group's linears, for refitting.
+
+        ``inner`` has ``b (r, d_in)`` by local name. The target is the linear's own output without bias on this sweep's
+        inputs or, with ``dense``, that of the original layer on that sweep's inputs.
+        """
+        index, names = open_layer.layer.index, list(inner)
+        originals = {name: open_layer.linear(name) for name in names}
+        weights = {name: module_weight(module) for name, module in originals.items()}
+        first = open_layer.linear(group.linears[0].local)
+        sums = {
+            name: (torch.zeros(w.shape[0], len(inner[name])), torch.zeros(len(inner[name]), len(inner[name])))
+            for name, w in weights.items()
+        }
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            states = stack.enter_context(self._open(self.path(index)))
+            theirs = stack.enter_context(dense._open(dense.path(index))) if dense else None
+            for start, count in self._batches(0, len(self._ids)):
+                x = self._input_of(open_layer, first, states.read(start, count))
+                x_dense = x
+                if theirs is not None:
+                    with open_layer.originals():
+                        x_dense = self._input_of(open_layer, first, theirs.read(start, count))
+                for name, (target_inner, inner_inner) in sums.items():
+                    z = x @ inner[name].to(x.dtype).T
+                    y = x_dense @ weights[name].T
+                    with exact_bfloat16_products(z.dtype):
+                        target_inner.addmm_(y.float().T, z.float())
+                    add_gram(inner_inner, z)
+        tokens = self._ids.numel()
+        return {name: Cross(one / tokens, other / tokens) for name, (one, other) in sums.items()}
+
+    def _input_of(self, open_layer: OpenLayer, linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The input ``(tokens, d_in)`` that reaches an original linear of the layer."""
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            caught.append(args[0].reshape(-1, args[0].shape[-1]))
+            raise Stop
+
+        handle = linear.register_forward_pre_hook(catch)
+        try:
+            self._replay.run_layer(open_layer.layer.index, hidden)
+        except Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
     def _collectors(
-        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], samples_per_batch: int = 0
+        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], samples: int = 0, batches: int = 1
     ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
         """A collector for each group, and the hooks that feed them."""
         collectors: list[GroupCollector] = []
         handles: list[torch.utils.hooks.RemovableHandle] = []
         for group in groups:
             sizes = {item.local: (item.d_out, item.d_in) for item in group.linears}
-            collectors.append(GroupCollector(sizes, needs, samples_per_batch))
+            collectors.append(GroupCollector(sizes, needs, samples, batches))
             handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
         return collectors, handles
 
@@ -258,7 +322,7 @@ class Sweep:
         """
         index = open_layer.layer.index
         batches = -(-windows // self._micro_batch)
-        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs, -(-SAMPLES // batches))
+        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs, SAMPLES, batches)
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)

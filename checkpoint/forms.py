@@ -36,6 +36,11 @@ class Part(Protocol):
         """``(d_out, d_in)``."""
         ...
 
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """What is added to the bias, ``(d_out,)``; None: nothing."""
+        ...
+
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors to store, by their names inside the module."""
         ...
@@ -64,16 +69,6 @@ class Form:
         stored = self.stored(rank, d_out, d_in).values()
         return sum(torch.Size(shape).numel() for dtype, shape in stored if dtype is None)
 
-    def sizes(self, d_out: int, d_in: int, itemsize: int) -> tuple[int, ...]:
-        """Bytes at rank 0, 1, ... up to the largest rank that is smaller than the dense weight."""
-        sizes = [0]
-        for rank in range(1, min(d_out, d_in)):
-            size = self.nbytes(rank, d_out, d_in, itemsize)
-            if size >= d_out * d_in * itemsize:
-                break
-            sizes.append(size)
-        return tuple(sizes)
-
 
 def _factors(rank: int, d_out: int, d_in: int) -> Stored:
     return {"factor_in.weight": (None, (rank, d_in)), "factor_out.weight": (None, (d_out, rank))}
@@ -93,12 +88,30 @@ FORMS: dict[str, Form] = {
 }
 
 
+def shifted_bias(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The bias of the linear once ``part`` stands in it, in ``dtype``; None if it has none."""
+    if part.shift is None:
+        return None if bias is None else bias.detach().to(dtype)
+    return (part.shift if bias is None else bias.detach().double() + part.shift).to(dtype)
+
+
 def stored_module(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The module that the checkpoint will hold, in ``dtype``, for use while calibrating."""
     d_out, d_in = part.shape
-    module: nn.Module = MODULES[part.form](d_in, d_out, part.rank, bias is not None, device="meta")
+    shifted = shifted_bias(part, bias, dtype)
+    module: nn.Module = MODULES[part.form](d_in, d_out, part.rank, shifted is not None, device="meta")
     state = {name: item.to(dtype) if item.is_floating_point() else item for name, item in part.tensors().items()}
-    if bias is not None:
-        state[FORMS[part.form].bias] = bias.detach()
+    if shifted is not None:
+        state[FORMS[part.form].bias] = shifted
     module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False)
+
+
+def multiplied_out(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The stock module that ``--export dense`` will hold, in ``dtype``."""
+    d_out, d_in = part.shape
+    shifted = shifted_bias(part, bias, dtype)
+    module = nn.Linear(d_in, d_out, bias=shifted is not None, device="meta")
+    state = {"weight": part.dense().to(dtype)}
+    module.load_state_dict(state if shifted is None else {**state, "bias": shifted}, assign=True)
     return module.requires_grad_(False)

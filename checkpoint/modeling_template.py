@@ -89,7 +89,7 @@ def factorise(base: nn.Module, config: Any) -> None:
         d_out, d_in = weight.shape if isinstance(linear, nn.Linear) else (weight.shape[1], weight.shape[0])
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(d_out, d_in):
             raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be 1 to {min(d_out, d_in)}")
-        bias = getattr(linear, "bias", None) is not None
+        bias = getattr(linear, "bias", None) is not None or item.get("bias") is True
         base.set_submodule(path, MODULES[form](d_in, d_out, rank, bias, weight.device, weight.dtype))
 
 

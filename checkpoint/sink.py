@@ -13,13 +13,13 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from checkpoint import modeling_template
 from checkpoint.files import fsync_directory, write_json, write_text
-from checkpoint.forms import FORMS, Part
+from checkpoint.forms import FORMS, Part, shifted_bias
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
 
@@ -53,11 +53,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What the driver puts in a linear's place: its form and rank, and how to get the part when it is due."""
+    """What the driver puts in a linear's place: its form and rank, and how to get the part when it is due.
+
+    ``shifts_bias``: the part changes the bias; a linear that has none gets one in the factored format.
+    """
 
     form: str
     rank: int
     transposed: bool
+    shifts_bias: bool
     part: Callable[[], Part]
 
 
@@ -141,16 +145,29 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
         for unit, parameters in plan:
             with source.loaded([unit], keep_source_dtype=True):
                 for name, entries in parameters:
+                    if not entries:
+                        continue
                     if list(entries) == [PLAIN]:
                         yield source.tensor(name).detach()
                     else:
-                        stored = replaced[name.rpartition(".")[0]].part().tensors()
-                        yield from (stored[role] for role in entries)
+                        path = name.rpartition(".")[0]
+                        part = replaced[path].part()
+                        stored = dict(part.tensors())
+                        for role, entry in entries.items():
+                            if role not in stored:  # the bias
+                                old = getattr(source.model.get_submodule(path), "bias", None)
+                                yield cast(torch.Tensor, shifted_bias(part, old, entry.dtype))
+                            else:
+                                yield stored[role]
 
     every = [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
     total = ShardWriter(directory, every).write(tensors())
     prefix = source.model.base_model_prefix + "."
-    linears = {path.removeprefix(prefix): {"form": item.form, "rank": item.rank} for path, item in replaced.items()}
+    linears: dict[str, dict[str, Any]] = {}
+    for path, item in replaced.items():
+        linears[path.removeprefix(prefix)] = {"form": item.form, "rank": item.rank}
+        if item.shifts_bias:
+            linears[path.removeprefix(prefix)]["bias"] = True
     _write_factored_config(source, linears, directory)
     copy_companions(source.directory, directory)
     fsync_directory(directory)
@@ -158,17 +175,22 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
 
 
 def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dict[str, Entry]:
-    """Entries for one parameter: itself, or what its form stores; a bias moves to where the form has it."""
+    """Entries for one parameter: itself, or what its form stores; a bias moves to where the form has it.
+
+    A bias that the part changes is written with its weight, in the same pass.
+    """
     path, _, leaf = name.rpartition(".")
     dtype = source.stored_dtype(name)
     shape = tuple(source.tensor(name).shape)
     if path not in replaced:
         return {PLAIN: Entry(name, dtype, shape)}
-    form = FORMS[replaced[path].form]
+    form, shifts = FORMS[replaced[path].form], replaced[path].shifts_bias
     if leaf == "bias":
-        return {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
+        return {} if shifts else {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
     d_out, d_in = reversed(shape) if replaced[path].transposed else shape
     stored = form.stored(replaced[path].rank, d_out, d_in)
+    if shifts:
+        stored[form.bias] = (None, (d_out,))
     return {role: Entry(f"{path}.{role}", own or dtype, sizes) for role, (own, sizes) in stored.items()}
 
 
@@ -207,10 +229,14 @@ def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], d
 def write_dense(source: Source, replaced: dict[str, Replacement], directory: Path) -> int:
     """Write the stock architecture under the source's own keys, factors multiplied out. Returns bytes of tensors."""
     by_key = {source.stored(f"{path}.weight").key: item for path, item in replaced.items()}
+    shifted = {source.stored(f"{path}.bias").key: item for path, item in replaced.items() if item.shifts_bias}
     stored = source.used_tensors()
 
     def tensors() -> Iterator[torch.Tensor]:
         for item in stored:
+            if item.key in shifted:
+                yield cast(torch.Tensor, shifted_bias(shifted[item.key].part(), source.read(item), item.dtype))
+                continue
             if item.key not in by_key:
                 yield source.read(item)
                 continue

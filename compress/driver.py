@@ -1,64 +1,79 @@
-"""The one driver that joins the rooms: collect -> choose -> write, or one sequential walk.
+"""The one driver that joins the rooms: statistics are collected and every linear is decomposed, layer by layer.
 
-Both modes leave the same records in the work directory: ordered factors per linear. One-shot keeps every rank
-up to the break-even one, so that any ratio is a slice; the sequential walk keeps just the ranks that it installed.
+Three ways through the model, each durable after every layer: forward (one-shot, from the dense model's inputs), backward (where
+the loss gradient is needed), and a walk that installs what it compressed, so that later groups of the same layer and all
+later layers see it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from calibration.moments import Moments, module_weight
-from calibration.structure import Group, Layer, Linear
-from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
+from calibration.structure import Group, Linear
+from calibration.sweep import OpenLayer, Sweep, opened
 from calibration.windows import Windows
 from checkpoint.errors import UserError
-from checkpoint.forms import Part, stored_module
+from checkpoint.forms import Part, multiplied_out, stored_module
 from checkpoint.memory import release_memory
-from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
-from compress.allocate import ALLOCATIONS
-from compress.methods import METHODS, NATS
+from compress.allocations import ALLOCATIONS
+from compress.methods import METHODS
 from compress.parts import Factors
-from compress.pivoting import PART_FORMS
 from compress.plan import Plan
 from compress.progress import Stage
-from compress.sizes import largest_rank, rank_parameters
+from compress.records import DENSE_STAGE, from_record, part_of, read_collected, stage_name, to_record
+from compress.refit import refit
+from compress.sizes import Collected
 from compress.truncation import NotFinite
 
 EMPTY = Moments(tokens=0, input_power=0.0)
 
 
-def stage_name(plan: Plan) -> str:
-    """Where a plan's factors are recorded: sequential factors belong to one choice of ranks."""
-    return "factors" if plan.recipe.mode == "one-shot" else f"factors-{plan.recipe.ratio_scope}-{plan.ratio:g}"
+def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[Plan, Collected, list[Stage]]:
+    """Record every linear's factors, skipping the layers that are recorded already; the plan with its final ranks.
+
+    A sequential walk whose allocation reads losses or spectra is preceded by a sweep over the dense model for them.
+    """
+    tokens = windows.tokens if windows else 1
+    reads = bool(ALLOCATIONS[plan.recipe.allocation].reads)
+    stages: list[Stage] = []
+    if plan.recipe.mode == "one-shot" or reads:
+        through = _backward if METHODS[plan.recipe.decomposition].backward else _forward
+        stages += through(plan, windows, work)
+        if reads:
+            plan = plan.with_ranks(read_collected(plan, work, DENSE_STAGE, tokens))
+    if plan.recipe.walks:
+        stages.append(_walk(plan, windows, work))
+    return plan, read_collected(plan, work, stage_name(plan), tokens), stages
 
 
-def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
-    """Decompose every linear, layer by layer, skipping the layers that are recorded already."""
-    if "gradient" in METHODS[plan.recipe.decomposition].needs:
-        assert windows is not None
-        return _collect_backward(plan, windows, work)
+def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
+    return Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{name}", plan.recipe.micro_batch)
+
+
+def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
+    """Decompose every linear at all ranks, from the statistics of the dense model's inputs (or without any text)."""
     layers = plan.structure.layers
-    stage_key = stage_name(plan)
-    done = next((index for index in range(len(layers)) if not work.done(stage_key, index)), len(layers))
-    sweep = None
-    if windows is not None:
-        sweep = Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{stage_key}", plan.recipe.micro_batch)
+    done = next((index for index in range(len(layers)) if not work.done(DENSE_STAGE, index)), len(layers))
+    sweep = _sweep(plan, windows, work, DENSE_STAGE) if windows else None
     with Stage("decomposing", len(layers)) as stage:
-        if done:
-            stage.step(done)
+        stage.step(done)
         if sweep and done < len(layers):
             sweep.embed()
         for layer in layers[done:]:
             with opened(plan.source, layer) as open_layer:
-                tensors, notes = _decompose_layer(plan, open_layer, sweep)
-            work.put(stage_key, layer.index, tensors, notes)
+                moments: Mapping[str, Moments] = {}
+                if sweep:
+                    needs = METHODS[plan.recipe.decomposition].needs
+                    moments = sweep.collect(open_layer, layer.groups, needs, advance=layer is not layers[-1])
+                tensors, notes = _at_all_ranks(plan, open_layer, layer.linears, moments)
+            work.put(DENSE_STAGE, layer.index, tensors, notes)
             if sweep:
                 sweep.forget(layer.index)
             stage.step()
@@ -67,11 +82,12 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[St
     return [stage]
 
 
-def _collect_backward(plan: Plan, windows: Windows, work: WorkDirectory) -> list[Stage]:
+def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
     """Forward once, keeping every layer's input; then from the last layer to the first under autograd, decomposing."""
-    layers, recipe, stage_key = plan.structure.layers, plan.recipe, stage_name(plan)
-    sweep = Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{stage_key}", recipe.micro_batch)
-    waiting = [layer for layer in reversed(layers) if not work.done(stage_key, layer.index)]
+    assert windows is not None
+    layers, recipe = plan.structure.layers, plan.recipe
+    sweep = _sweep(plan, windows, work, DENSE_STAGE)
+    waiting = [layer for layer in reversed(layers) if not work.done(DENSE_STAGE, layer.index)]
     with Stage("forward", len(layers)) as forward:
         if len(waiting) == len(layers):
             sweep.embed()
@@ -92,98 +108,119 @@ def _collect_backward(plan: Plan, windows: Windows, work: WorkDirectory) -> list
             with opened(plan.source, layer) as open_layer:
                 needs = METHODS[recipe.decomposition].needs
                 moments = sweep.collect_backward(open_layer, needs, recipe.gradient_windows)
-                tensors, notes = _decompose_linears(plan, open_layer, layer.linears, moments)
-            work.put(stage_key, layer.index, tensors, notes)
+                tensors, notes = _at_all_ranks(plan, open_layer, layer.linears, moments)
+            work.put(DENSE_STAGE, layer.index, tensors, notes)
             sweep.forget(layer.index + 1)
             backward.step()
         sweep.close()
     return [forward, head, backward]
 
 
-def _decompose_linears(
+def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
+    """Compress group after group at the plan's ranks, each seeing what was compressed before it."""
+    assert windows is not None
+    layers, name = plan.structure.layers, stage_name(plan)
+    done = next((index for index in range(len(layers)) if not work.done(name, index)), len(layers))
+    sweep = _sweep(plan, windows, work, name)
+    dense = _sweep(plan, windows, work, f"dense-{name}") if plan.recipe.refit == "anchored" else None
+    sweeps = [item for item in (sweep, dense) if item]
+    with Stage("walking", len(layers)) as stage:
+        stage.step(done)
+        for item in sweeps if done < len(layers) else []:
+            item.embed()
+        for layer in layers[done:]:
+            with opened(plan.source, layer) as open_layer:
+                tensors: dict[str, torch.Tensor] = {}
+                notes: dict[str, Any] = {}
+                ready = work.get(DENSE_STAGE, layer.index) if plan.recipe.mode == "one-shot" else None
+                for group in layer.groups:
+                    linears = [linear for linear in group.linears if plan.ranks[linear.name] is not None]
+                    if linears:
+                        found = _walk_group(plan, open_layer, group, linears, ready, (sweep, dense), notes)
+                        for linear in linears:
+                            tensors |= to_record(found[linear.local], linear)
+                if layer is not layers[-1]:
+                    sweep.advance(open_layer)
+                    if dense:
+                        open_layer.restore()
+                        dense.advance(open_layer)
+            work.put(name, layer.index, tensors, notes)
+            for item in sweeps:
+                item.forget(layer.index)
+            stage.step()
+        for item in sweeps:
+            item.close()
+    return stage
+
+
+def _walk_group(
+    plan: Plan,
+    open_layer: OpenLayer,
+    group: Group,
+    linears: list[Linear],
+    ready: Mapping[str, torch.Tensor] | None,
+    sweeps: tuple[Sweep, Sweep | None],
+    notes: dict[str, Any],
+) -> dict[str, Factors]:
+    """Factors of a group's linears at the plan's ranks (new, or ``ready`` from the dense statistics), refitted, installed."""
+    recipe = plan.recipe
+    sweep, dense = sweeps
+    found: dict[str, Factors] = {}
+    moments: Mapping[str, Moments] = {}
+    if ready is None:
+        moments = sweep.collect(open_layer, [group], METHODS[recipe.decomposition].needs, advance=False)
+        release_memory()
+    for linear in linears:
+        rank = plan.ranks[linear.name] or 0
+        started = time.monotonic()
+        if ready is None:
+            factors = decompose(plan, open_layer, linear, moments[linear.local], rank)
+        else:
+            whole = from_record(ready, linear)
+            factors = replace(whole, a=whole.a[:, :rank], b=whole.b[:rank], loss=whole.loss[: rank + 1])
+        found[linear.local] = factors
+        notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
+    if recipe.refit != "none":
+        inner = {linear.local: found[linear.local].b.to(linear.dtype) for linear in linears}
+        crosses = sweep.collect_cross(open_layer, group, inner, dense)
+        for local, cross in crosses.items():
+            found[local] = replace(found[local], a=refit(found[local].a, cross, recipe.refit_ridge))
+    for linear in linears:
+        stored = from_record(to_record(found[linear.local], linear), linear)
+        install(plan, open_layer, linear, part_of(plan, stored, plan.ranks[linear.name] or 0))
+    return found
+
+
+def _at_all_ranks(
     plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: Mapping[str, Moments]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Records and notes of the linears that can be factored, at the plan's ranks or (one-shot) at every rank that saves."""
+    """Records and notes of the linears that can be factored, at every rank that saves."""
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     release_memory()  # the heap that the layer's activations left, before float64 work comes on top
     for linear in linears:
         started = time.monotonic()
-        rank = (
-            (plan.ranks[linear.name] or 0)
-            if plan.recipe.mode == "sequential"
-            else largest_rank(linear, plan.recipe.form)
-        )
+        rank = plan.recipe.storage.largest_rank(linear)
         if rank < 1:
             continue  # stays dense
         factors = decompose(plan, open_layer, linear, moments.get(linear.local, EMPTY), rank)
-        tensors |= {f"{linear.local}.{key}": value for key, value in _record(factors, linear).items()}
+        tensors |= to_record(factors, linear)
+        if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
+            weight = module_weight(open_layer.linear(linear.local)).double()
+            tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
         notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
-    return tensors, notes
-
-
-Losses = dict[str, torch.Tensor]
-
-
-def read_losses(plan: Plan, work: WorkDirectory) -> Losses:
-    """The recorded losses at every rank, by linear (those that can be factored)."""
-    losses: Losses = {}
-    for layer in plan.structure.layers:
-        record = work.get(stage_name(plan), layer.index, ending=".loss")
-        losses |= {linear.name: record[key] for linear in layer.linears if (key := f"{linear.local}.loss") in record}
-    return losses
-
-
-def choose(plan: Plan, losses: Losses) -> Plan:
-    """The plan with its final ranks: where the allocation reads losses, they are known now."""
-    if not ALLOCATIONS[plan.recipe.allocation].reads_losses:
-        return plan
-    return plan.with_ranks({name: tuple(loss.tolist()) for name, loss in losses.items()})
-
-
-def loss_at(plan: Plan, losses: Losses, linear: Linear) -> float:
-    """The method's loss of a linear at its planned rank, in its own unit."""
-    rank = plan.ranks[linear.name]
-    return 0.0 if rank is None else float(losses[linear.name][rank])
-
-
-def predicted_loss(plan: Plan, losses: Losses) -> float | None:
-    """Predicted KL(dense || compressed) in nats per token; None where the method's losses are in another unit."""
-    if METHODS[plan.recipe.decomposition].unit != NATS:
-        return None
-    return sum(loss_at(plan, losses, linear) for linear in plan.structure.linears)
-
-
-def _decompose_layer(
-    plan: Plan, open_layer: OpenLayer, sweep: Sweep | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    layer = open_layer.layer
-    needs = METHODS[plan.recipe.decomposition].needs
-    last = layer.index == len(plan.structure.layers) - 1
-    sequential = plan.recipe.mode == "sequential"
-    tensors: dict[str, torch.Tensor] = {}
-    notes: dict[str, Any] = {}
-    rounds: Iterable[tuple[Group, ...]] = [(group,) for group in layer.groups] if sequential else [layer.groups]
-    for groups in rounds:
-        moments = sweep.collect(open_layer, groups, needs, advance=not sequential and not last) if sweep else {}
-        linears = [item for group in groups for item in group.linears]
-        found, told = _decompose_linears(plan, open_layer, linears, moments)
-        tensors |= found
-        notes |= told
-        for linear in linears if sequential else []:
-            rank = plan.ranks[linear.name]
-            if rank is not None:
-                install(plan, open_layer, linear, _part(plan, tensors, linear, rank))
-    if sequential and sweep and not last:
-        sweep.advance(open_layer)
     return tensors, notes
 
 
 def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, rank: int) -> Factors:
     """Run the recipe's decomposition on one linear (UserError naming it where numbers are not finite)."""
     weight = module_weight(open_layer.linear(linear.local)).double()
+    method = METHODS[plan.recipe.decomposition]
+    run = method.decompose
+    if method.without_bias and not (linear.has_bias or plan.recipe.storage.adds_bias):
+        run = method.without_bias
     try:
-        return METHODS[plan.recipe.decomposition].decompose(weight, moments, rank, plan.recipe.damping)
+        return run(weight, moments, rank, plan.recipe.damping)
     except (NotFinite, torch.linalg.LinAlgError) as problem:
         raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem
 
@@ -192,105 +229,8 @@ def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> No
     """Put a compressed part in the place of its linear, as the checkpoint will hold it."""
     original = open_layer.linear(linear.local)
     bias: torch.Tensor | None = original.bias if linear.has_bias else None  # type: ignore[assignment]
+    dtype = plan.source.compute_dtype
     if plan.recipe.export == "dense":
-        module: torch.nn.Module = torch.nn.Linear(linear.d_in, linear.d_out, bias=linear.has_bias, device="meta")
-        state = {"weight": part.dense().to(plan.source.compute_dtype)}
-        module.load_state_dict(state if bias is None else {**state, "bias": bias.detach()}, assign=True)
-        module.requires_grad_(False)
+        open_layer.install(linear.local, multiplied_out(part, bias, dtype))
     else:
-        module = stored_module(part, bias, plan.source.compute_dtype)
-    open_layer.install(linear.local, module)
-
-
-def _record(factors: Factors, linear: Linear) -> dict[str, torch.Tensor]:
-    """Factors in the dtype in which they will be stored, the losses as they are."""
-    return {"a": factors.a.to(linear.dtype), "b": factors.b.to(linear.dtype), "loss": factors.loss}
-
-
-def _part(plan: Plan, tensors: Mapping[str, torch.Tensor], linear: Linear, rank: int) -> Part:
-    a, b, loss = (tensors[f"{linear.local}.{key}"] for key in ("a", "b", "loss"))
-    return PART_FORMS[plan.recipe.form](Factors(a, b, loss).at_rank(rank))
-
-
-class Parts:
-    """The recorded parts of a plan, one layer's record in memory at a time."""
-
-    def __init__(self, plan: Plan, work: WorkDirectory) -> None:
-        self._plan, self._work = plan, work
-        self._index, self._tensors = -1, dict[str, torch.Tensor]()
-
-    def part(self, linear: Linear) -> Part | None:
-        """The linear's part at its planned rank; None where it stays dense."""
-        rank = self._plan.ranks[linear.name]
-        if rank is None:
-            return None
-        if linear.layer != self._index:
-            self._tensors = self._work.get(stage_name(self._plan), linear.layer)
-            self._index = linear.layer
-        return _part(self._plan, self._tensors, linear, rank)
-
-
-def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
-    """Write the compressed checkpoint into ``directory``; returns the stage and the bytes of tensors."""
-    parts = Parts(plan, work)
-    factored = [linear for linear in plan.structure.linears if plan.ranks[linear.name] is not None]
-    with Stage("writing", len(factored), "matrices") as stage:
-
-        def replacement(linear: Linear) -> Replacement:
-            def due() -> Part:
-                part = parts.part(linear)
-                assert part is not None
-                stage.step()
-                return part
-
-            return Replacement(plan.recipe.form, plan.ranks[linear.name] or 0, linear.transposed, due)
-
-        replaced = {linear.name: replacement(linear) for linear in factored}
-        if plan.recipe.export == "dense":
-            total = write_dense(plan.source, replaced, directory)
-        else:
-            total = write_factored(plan.source, [layer.path for layer in plan.structure.layers], replaced, directory)
-    if plan.recipe.export == "factored" and total != plan.sizes.bytes_after:
-        raise RuntimeError(f"wrote {total} bytes of tensors where the plan said {plan.sizes.bytes_after}")
-    return stage, total
-
-
-def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the compressed model for a few windows of ids, one layer in memory."""
-    parts = Parts(plan, work)
-
-    def prepare(open_layer: OpenLayer) -> None:
-        layer: Layer = open_layer.layer
-        for linear in layer.linears:
-            part = parts.part(linear)
-            if part is not None:
-                install(plan, open_layer, linear, part)
-
-    return streamed_logits(plan.source, plan.structure, ids, prepare)
-
-
-def matrix_rows(plan: Plan, work: WorkDirectory, losses: Losses) -> list[dict[str, Any]]:
-    """One row per linear for the CSV: rank, kept parameters, relative error ``(loss / loss of dropping all)^0.5``, seconds."""
-    rows = []
-    for layer in plan.structure.layers:
-        notes = work.notes(stage_name(plan), layer.index)
-        for linear in layer.linears:
-            rank = plan.ranks[linear.name]
-            parameters = rank_parameters(linear, plan.recipe.form, rank)
-            loss = loss_at(plan, losses, linear)
-            whole = 0.0 if rank is None else float(losses[linear.name][0])
-            rows.append(
-                {
-                    "layer": layer.index,
-                    "matrix": linear.local,
-                    "d_out": linear.d_out,
-                    "d_in": linear.d_in,
-                    "rank": "dense" if rank is None else rank,
-                    "parameters": parameters,
-                    "kept": round(parameters / (linear.d_out * linear.d_in), 4),
-                    "relative_error": round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,
-                    "loss": float(f"{loss:.6g}"),
-                    "seconds": notes.get(linear.local, {}).get("seconds", 0.0),
-                }
-            )
-    return rows
+        open_layer.install(linear.local, stored_module(part, bias, dtype))

@@ -12,26 +12,37 @@ class Factors:
     """Ordered factors of a weight: any rank is a slice.
 
     ``a`` is ``(d_out, k)``, ``b`` is ``(k, d_in)``; rank r keeps ``a[:, :r] @ b[:r]``. ``loss`` is float64
-    ``(k + 1,)``: the method's objective when truncated at 0 ... k, never increasing.
+    ``(k + 1,)``: the method's objective when truncated at 0 ... k, never increasing. ``mean_input`` ``(d_in,)`` and
+    ``mean_output`` ``(d_out,)``: where given, a bias makes up for what truncation does to the means.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     loss: torch.Tensor
+    mean_input: torch.Tensor | None = None
+    mean_output: torch.Tensor | None = None
 
     def at_rank(self, rank: int) -> LowRank:
         """The part that keeps the first ``rank`` directions; raises ValueError if so many were not kept."""
         if not 1 <= rank <= self.a.shape[1]:
             raise ValueError(f"rank {rank} asked, {self.a.shape[1]} kept")
-        return LowRank(self.a[:, :rank], self.b[:rank])
+        a, b = self.a[:, :rank], self.b[:rank]
+        if self.mean_input is None or self.mean_output is None:
+            return LowRank(a, b)
+        kept = a.double() @ (b.double() @ self.mean_input.double())
+        return LowRank(a, b, self.mean_output.double() - kept)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W' = a b`` with ``a (d_out, r)`` and ``b (r, d_in)``, in the dtype they are stored in."""
+    """``W' = a b`` with ``a (d_out, r)`` and ``b (r, d_in)``, in the dtype they are stored in.
+
+    ``shift`` ``(d_out,)`` float64 or None is added to the linear's bias.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
+    shift: torch.Tensor | None = None
     form: str = "factors"
 
     @property
@@ -58,12 +69,13 @@ class Pivoted:
     """The same product as r of its own rows and the coefficients that give the others: ``r (d_out + d_in - r)`` numbers.
 
     ``rows`` is ``(r, d_in)``, ``coefficients`` ``(d_out - r, r)``; row j of ``W'`` is row ``order[j]`` of
-    ``[rows; coefficients @ rows]``, ``order`` int32 ``(d_out,)``.
+    ``[rows; coefficients @ rows]``, ``order`` int32 ``(d_out,)``. ``shift`` is that of LowRank.
     """
 
     rows: torch.Tensor
     coefficients: torch.Tensor
     order: torch.Tensor
+    shift: torch.Tensor | None = None
     form: str = "pivoted"
 
     @property

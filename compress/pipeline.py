@@ -26,6 +26,8 @@ from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.workdir import WorkDirectory
 from compress import driver
+from compress import output as parts_out
+from compress.allocations import ALLOCATIONS
 from compress.methods import METHODS
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
@@ -181,6 +183,7 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "compute_dtype": str(source.compute_dtype),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
         **{field: recorded[field] for field in COLLECTED},
     }
 
@@ -193,6 +196,8 @@ def output_identity(plan: Plan) -> dict[str, Any]:
         "ratio_scope": recipe.ratio_scope,
         "allocation": recipe.allocation,
         "export": recipe.export,
+        "refit": recipe.refit,
+        "refit_ridge": recipe.refit_ridge,
     }
 
 
@@ -212,10 +217,9 @@ def produce(
     started: float,
 ) -> None:
     """Collect what is missing, write into OUTPUT.partial, check it in a fresh process, give it its name."""
-    stages += driver.collect(plan, windows, work)
-    losses = driver.read_losses(plan, work)
-    plan = driver.choose(plan, losses)
-    predicted = driver.predicted_loss(plan, losses)
+    plan, collected, collecting = driver.collect(plan, windows, work)
+    stages += collecting
+    predicted = parts_out.predicted_loss(plan, collected)
     if predicted is not None:
         size = f"{plan.sizes.achieved_ratio:.4f} of the {plan.recipe.ratio_scope}"
         say(f"predicted loss at {plan.ratio:g} ({size}): {predicted:.4f} nats per token")
@@ -223,7 +227,7 @@ def produce(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    stage, written = driver.write(plan, work, partial)
+    stage, written = parts_out.write(plan, work, partial)
     stages.append(stage)
     with Stage("checking", 1, "checkpoint") as stage:
         check_peak = check_written(plan, work, partial)
@@ -234,7 +238,7 @@ def produce(
         plan=plan,
         fingerprint=identity,
         windows=None if windows is None else windows.provenance,
-        rows=driver.matrix_rows(plan, work, losses),
+        rows=parts_out.matrix_rows(plan, work, collected),
         predicted=predicted,
         stages=[item.as_dict() for item in stages],
         run={
@@ -281,7 +285,7 @@ def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
     text_ids = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"]
     record = {
         "ids": ids,
-        "logits": driver.expected_logits(plan, work, ids).float(),
+        "logits": parts_out.expected_logits(plan, work, ids).float(),
         "text": torch.tensor(list(CHECK_TEXT.encode()), dtype=torch.uint8),
         "text_ids": torch.tensor(text_ids, dtype=torch.int64),
     }

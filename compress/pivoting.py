@@ -27,7 +27,7 @@ def pivoted(part: LowRank) -> Pivoted:
     order = torch.empty_like(rows)
     order[rows] = torch.arange(rows.numel())
     dtype = part.a.dtype
-    return Pivoted(kept.to(dtype), coefficients.to(dtype), order.to(torch.int32))
+    return Pivoted(kept.to(dtype), coefficients.to(dtype), order.to(torch.int32), part.shift)
 
 
 def dominant_rows(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,10 @@ from calibration.structure import Layer, Structure, discover
 from checkpoint.errors import UserError
 from checkpoint.source import Source, read_config
 from checkpoint.workdir import free_bytes
-from compress.allocate import ALLOCATIONS
+from compress.allocations import ALLOCATIONS
 from compress.methods import METHODS
 from compress.recipe import Recipe
-from compress.sizes import Sizes, choose_ranks, largest_rank, measure
+from compress.sizes import NOTHING, Collected, Sizes, choose_ranks, measure
 
 PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
@@ -49,9 +49,9 @@ class Plan:
     estimate: Estimate
     dtype_reason: str
 
-    def with_ranks(self, losses: dict[str, tuple[float, ...]]) -> Plan:
-        """The plan with the ranks that its allocation chooses from the collected losses."""
-        return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, losses)
+    def with_ranks(self, collected: Collected) -> Plan:
+        """The plan with the ranks that its allocation chooses from what was collected."""
+        return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, collected)
 
 
 def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple[torch.dtype, str]:
@@ -83,18 +83,18 @@ def make_plan(
     recipe: Recipe,
     ratio: float,
     reason: str,
-    losses: dict[str, tuple[float, ...]] | None = None,
+    collected: Collected = NOTHING,
 ) -> Plan:
     """Ranks, sizes and estimates for one target ratio (UserError if it cannot be reached)."""
     if not 0 < ratio < 1:
         raise UserError(f"--target-ratio {ratio:g} must be above 0 and below 1: the part of the bytes to keep")
     linears = structure.linears
     allocation = recipe.allocation
-    if ALLOCATIONS[allocation].reads_losses and losses is None:
+    if ALLOCATIONS[allocation].reads and collected is NOTHING:
         allocation = "uniform"
-    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.form, losses)
+    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
-    sizes = measure(linears, ranks, recipe.form, source.nbytes, parameters, recipe.ratio_scope)
+    sizes = measure(linears, ranks, recipe.storage, source.nbytes, parameters, recipe.ratio_scope)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
             f"--target-ratio {ratio:g} cannot be met to 0.005: ranks are whole numbers and the nearest below gives "
@@ -118,12 +118,12 @@ def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes
     width = max(linear.d_in for linear in structure.layers[0].groups[0].linears)
     tokens = recipe.calibration_tokens if METHODS[recipe.decomposition].needs else 0
     itemsize = source.compute_dtype.itemsize
-    backward = "gradient" in METHODS[recipe.decomposition].needs
+    backward = METHODS[recipe.decomposition].backward
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
     hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
     # the records hold both factors of every rank that the form can store
     factors = sum(
-        largest_rank(linear, recipe.form) * (linear.d_out + linear.d_in) * linear.dtype.itemsize
+        recipe.storage.largest_rank(linear) * (linear.d_out + linear.d_in) * linear.dtype.itemsize
         for linear in structure.linears
     )
     if recipe.mode == "sequential":
@@ -143,7 +143,7 @@ def _bytes(source: Source, names: list[str]) -> int:
 def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> int:
     weights = _bytes(source, source.parameter_names([layer.path]))
     batch = min(tokens, recipe.micro_batch * recipe.sequence_length)
-    copies = 4 if "gradient" in METHODS[recipe.decomposition].needs else 2
+    copies = 4 if METHODS[recipe.decomposition].backward else 2
     widths = sum(linear.d_in + linear.d_out for linear in layer.linears)
     activations = copies * batch * widths * source.compute_dtype.itemsize
     moments = 4 * sum(
@@ -158,7 +158,7 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
 
 
 def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) -> float:
-    backward = "gradient" in METHODS[recipe.decomposition].needs
+    backward = METHODS[recipe.decomposition].backward
     passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else BACKWARD_PASSES if backward else 1.0
     flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
     squares = sum(
@@ -191,7 +191,7 @@ def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
     ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears factored"
-    open_yet = ALLOCATIONS[recipe.allocation].reads_losses
+    open_yet = bool(ALLOCATIONS[recipe.allocation].reads)
     if open_yet:
         ranks = "ranks are chosen when the losses are known"
     lines = [

@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 
 from checkpoint.errors import UserError
-from compress.allocate import ALLOCATIONS
+from compress.allocations import ALLOCATIONS
 from compress.methods import METHODS
 from compress.pivoting import PART_FORMS
+from compress.refit import REFITS
+from compress.sizes import Storage
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decomposition": tuple(METHODS),
@@ -26,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export": ("factored", "dense"),
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
+    "refit": REFITS,
 }
 MICRO_BATCH_TOKENS = 2048
 
@@ -37,7 +40,8 @@ class Recipe:
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
     is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
     gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens`` of the calibration tokens go
-    backward; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
+    backward; ``refit`` refits each outer factor on the compressed model's inputs, ``refit_ridge`` holding it to what it
+    was; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
     ``evaluate`` is a preset, tasks, or ``none``.
     """
 
@@ -51,6 +55,8 @@ class Recipe:
     damping: float = 0.0
     fisher: str = "sampled"
     gradient_tokens: int = 65536
+    refit: str = "none"
+    refit_ridge: float = 1e-3
     ratio_scope: str = "model"
     calibration: str = "offline"
     calibration_tokens: int = 65536
@@ -69,20 +75,24 @@ class Recipe:
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise UserError(f"recipe {self.name}: {field.name} {_not_known(str(value), CHOICES[field.name])}")
         method = METHODS[self.decomposition]
-        if self.mode == "sequential" and ("gradient" in method.needs or ALLOCATIONS[self.allocation].reads_losses):
-            what = self.decomposition if "gradient" in method.needs else f"allocation {self.allocation}"
+        if self.mode == "sequential" and method.backward:
             raise UserError(
-                f"recipe {self.name}: {what} needs the whole dense model's statistics first; say mode: one-shot"
+                f"recipe {self.name}: {self.decomposition} needs the whole dense model's statistics; say mode: one-shot"
+            )
+        if self.walks and not method.needs:
+            raise UserError(
+                f"recipe {self.name}: {self.decomposition} reads no text, so a walk or a refit has nothing to see"
             )
         if (
             self.sequence_length < 2
             or min(self.calibration_tokens, self.gradient_tokens) < 1
             or not 0 <= self.damping < 1
+            or self.refit_ridge < 0
             or self.seed < 0
         ):
             raise UserError(
                 f"recipe {self.name}: sequence_length must be at least 2, the numbers of tokens positive, "
-                "seed not negative and damping from 0 to below 1"
+                "seed and refit_ridge not negative, and damping from 0 to below 1"
             )
 
     @property
@@ -91,6 +101,16 @@ class Recipe:
         if Path(self.calibration).expanduser().exists():
             return [self.calibration]
         return [name for name in self.calibration.split(",") if name] or [self.calibration]
+
+    @property
+    def walks(self) -> bool:
+        """Whether a walk over the compressed model makes the parts; else they are slices of the dense sweep's."""
+        return self.mode == "sequential" or self.refit != "none"
+
+    @property
+    def storage(self) -> Storage:
+        """How the low-rank linears are stored; a new bias has no place in a stock architecture."""
+        return Storage(self.form, METHODS[self.decomposition].changes_bias and self.export == "factored")
 
     @property
     def gradient_windows(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from calibration.structure import Linear
 from checkpoint.errors import UserError
 from checkpoint.forms import FORMS
-from compress.allocate import ALLOCATIONS, Curve, Unreachable
+from compress.allocations import ALLOCATIONS, Curve, Unreachable
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,62 @@ class Sizes:
         return asdict(self)
 
 
-def curve_of(linear: Linear, form: str, loss: tuple[float, ...] = ()) -> Curve:
-    """A linear, stored in ``form``, as the allocation sees it."""
-    return Curve(linear.nbytes, FORMS[form].sizes(linear.d_out, linear.d_in, linear.dtype.itemsize), loss)
+@dataclass(frozen=True)
+class Collected:
+    """What collecting found out of the linears, by name: losses at every rank, singular values; over how many tokens."""
+
+    loss: Mapping[str, tuple[float, ...]]
+    spectrum: Mapping[str, tuple[float, ...]]
+    tokens: int
 
 
-def largest_rank(linear: Linear, form: str) -> int:
-    """The largest rank that ``form`` stores in fewer bytes than the dense weight (0: none is)."""
-    return curve_of(linear, form).largest
+NOTHING = Collected({}, {}, 1)
 
 
-def rank_nbytes(linear: Linear, form: str, rank: int | None) -> int:
-    """Bytes at a rank; None is dense."""
-    if rank is None:
-        return linear.nbytes
-    return FORMS[form].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
+@dataclass(frozen=True)
+class Storage:
+    """How low-rank linears are stored: their form, and whether those without a bias are given one."""
 
+    form: str
+    adds_bias: bool = False
 
-def rank_parameters(linear: Linear, form: str, rank: int | None) -> int:
-    """Parameters at a rank; None is dense."""
-    dense = linear.d_out * linear.d_in
-    return dense if rank is None else FORMS[form].parameters(rank, linear.d_out, linear.d_in)
+    def _bias(self, linear: Linear) -> int:
+        return linear.d_out if self.adds_bias and not linear.has_bias else 0
+
+    def nbytes(self, linear: Linear, rank: int | None) -> int:
+        """Bytes at a rank; None is dense."""
+        if rank is None:
+            return linear.nbytes
+        size = FORMS[self.form].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
+        return size + self._bias(linear) * linear.dtype.itemsize
+
+    def parameters(self, linear: Linear, rank: int | None) -> int:
+        """Parameters at a rank; None is dense."""
+        if rank is None:
+            return linear.d_out * linear.d_in
+        return FORMS[self.form].parameters(rank, linear.d_out, linear.d_in) + self._bias(linear)
+
+    def curve(self, linear: Linear, collected: Collected = NOTHING) -> Curve:
+        """The linear as the allocation sees it."""
+        sizes = [0]
+        for rank in range(1, min(linear.d_out, linear.d_in)):
+            size = self.nbytes(linear, rank)
+            if size >= linear.nbytes:
+                break
+            sizes.append(size)
+        return Curve(
+            linear.nbytes,
+            tuple(sizes),
+            collected.loss.get(linear.name, ())[: len(sizes)],
+            collected.spectrum.get(linear.name, ()),
+            linear.layer,
+            linear.role,
+            collected.tokens,
+        )
+
+    def largest_rank(self, linear: Linear) -> int:
+        """The largest rank that is stored in fewer bytes than the dense weight (0: none is)."""
+        return self.curve(linear).largest
 
 
 def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str) -> int:
@@ -63,15 +98,15 @@ def choose_ranks(
     ratio: float,
     scope: str,
     allocation: str,
-    form: str,
-    losses: Mapping[str, tuple[float, ...]] | None = None,
+    storage: Storage,
+    collected: Collected = NOTHING,
 ) -> dict[str, int | None]:
-    """Rank (None: dense) per linear for a target ratio; ``losses`` where the allocation reads them.
+    """Rank (None: dense) per linear for a target ratio; ``collected`` is what the allocation reads.
 
     Raises UserError naming the smallest ratio that can be reached where this one cannot.
     """
     budget = budget_for(linears, model_bytes, ratio, scope)
-    curves = [curve_of(linear, form, (losses or {}).get(linear.name, ())) for linear in linears]
+    curves = [storage.curve(linear, collected) for linear in linears]
     try:
         ranks = ALLOCATIONS[allocation].choose(curves, budget)
     except Unreachable as problem:
@@ -89,7 +124,7 @@ def choose_ranks(
 def measure(
     linears: Sequence[Linear],
     ranks: Mapping[str, int | None],
-    form: str,
+    storage: Storage,
     model_bytes: int,
     model_parameters: int,
     scope: str,
@@ -97,8 +132,8 @@ def measure(
     """The sizes of a choice of ranks."""
     dense_parameters = sum(linear.d_out * linear.d_in for linear in linears)
     dense_bytes = sum(linear.nbytes for linear in linears)
-    kept_parameters = sum(rank_parameters(linear, form, ranks[linear.name]) for linear in linears)
-    kept_bytes = sum(rank_nbytes(linear, form, ranks[linear.name]) for linear in linears)
+    kept_parameters = sum(storage.parameters(linear, ranks[linear.name]) for linear in linears)
+    kept_bytes = sum(storage.nbytes(linear, ranks[linear.name]) for linear in linears)
     after = model_bytes - dense_bytes + kept_bytes
     return Sizes(
         decoder_linear_parameters=kept_parameters / dense_parameters,

@@ -47,6 +47,14 @@ def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> 
     return truncate_by_input(weight, symmetric_root(second_of_input), rank)
 
 
+def truncate_by_channels(weight: torch.Tensor, scale: torch.Tensor, rank: int) -> Factors:
+    """Ordered factors where each input channel counts by ``scale`` ``(d_in,)`` float64: the SVD of ``W diag(scale)``."""
+    if weight.shape[0] <= weight.shape[1]:
+        scaled = weight * scale
+        return truncate_by_output(weight, scaled @ scaled.T, rank)
+    return truncate_by_input(weight, torch.diag(scale), rank)
+
+
 def symmetric_root(second: torch.Tensor) -> torch.Tensor:
     """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64; rounding below zero counts as zero."""
     power, vectors = descending(second)

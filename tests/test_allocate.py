@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibration.structure import Linear
 from checkpoint.forms import FORMS
-from compress.allocate import Curve, Unreachable, hull_steps, pooled, uniform
+from compress.allocations import ALLOCATIONS, Curve, Unreachable
+from compress.allocations.curve import taken
+from compress.allocations.pooled import hull_steps, pooled
+from compress.allocations.uniform import uniform
+from compress.allocations.welore import at_threshold
+from compress.sizes import Storage
 
 
-def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors") -> Curve:
+def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors", layer: int = 0, role: str = "query") -> Curve:
     """A linear of a random falling, not always convex, loss."""
-    sizes = FORMS[form].sizes(d_out, d_in, itemsize=2)
-    power = torch.rand(len(sizes) - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    linear = Linear("", "", layer, d_out, d_in, transposed=False, has_bias=False, dtype=torch.bfloat16, role=role)
+    sizes = Storage(form).curve(linear).sizes
+    generator = torch.Generator().manual_seed(seed)
+    power = torch.rand(len(sizes) - 1, generator=generator, dtype=torch.float64) ** 4
     power = power.sort(descending=True).values if seed % 2 else power
     loss = torch.cat([power.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) + 1e-3
-    return Curve(d_out * d_in * 2, sizes, tuple(loss.tolist()))
+    spectrum = torch.rand(min(d_out, d_in), generator=generator, dtype=torch.float64).sort(descending=True).values
+    return Curve(d_out * d_in * 2, sizes, tuple(loss.tolist()), tuple(spectrum.tolist()), layer, role, tokens=1000)
 
 
 FORM = st.sampled_from(sorted(FORMS))
+ROLE = st.sampled_from(["query", "key", "value", "attention output", "up", "other"])
+SIDE = st.integers(2, 60)
 CURVES = st.lists(
-    st.builds(curve, st.integers(2, 60), st.integers(2, 60), st.integers(0, 99), FORM), min_size=1, max_size=12
+    st.builds(curve, SIDE, SIDE, st.integers(0, 99), FORM, st.integers(0, 3), ROLE), min_size=1, max_size=12
 )
-
-
-def taken(curves: list[Curve], ranks: list[int | None]) -> int:
-    return sum(item.nbytes(rank) for item, rank in zip(curves, ranks, strict=True))
 
 
 def loss(curves: list[Curve], ranks: list[int | None]) -> float:
     return sum(0.0 if rank is None else item.loss[rank] for item, rank in zip(curves, ranks, strict=True))
 
 
-@pytest.mark.parametrize("allocation", [uniform, pooled])
+@pytest.mark.parametrize("name", ALLOCATIONS)
 @given(curves=CURVES, ratio=st.floats(0.05, 1.0))
-def test_the_budget_is_met(allocation, curves, ratio):
+def test_the_budget_is_met(name, curves, ratio):
+    allocation = ALLOCATIONS[name].choose
     budget = int(ratio * sum(item.dense for item in curves))
     try:
         ranks = allocation(curves, budget)
@@ -47,7 +57,7 @@ def test_the_budget_is_met(allocation, curves, ratio):
         return
     assert taken(curves, ranks) <= budget
     assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(curves, ranks, strict=True))
-    if allocation is uniform:
+    if name not in ("pooled", "welore"):
         pairs = zip(curves, ranks, strict=True)
         growable = [item.sizes[rank + 1] - item.sizes[rank] for item, rank in pairs if rank and rank < item.largest]
         assert not growable or budget - taken(curves, ranks) < min(growable), "one more rank would still fit"
@@ -104,3 +114,64 @@ def test_pooled_against_brute_force(curves, fraction):
         assert loss(curves, ranks) <= best(taken(curves, ranks)) + 1e-9
     budget = floor + int(fraction * (dense - floor))
     assert loss(curves, pooled(curves, budget)) <= best(budget) + worst + 1e-9
+
+
+def square(role: str, layer: int = 0, seed: int = 1) -> Curve:
+    return curve(64, 64, seed, layer=layer, role=role)
+
+
+@pytest.mark.parametrize(("ratio", "modules", "inside"), [(0.9, 8, 0.60), (0.8, 12, 0.4667), (0.5, 24, 1 / 3)])
+def test_last_modules_is_the_papers_schedule(ratio, modules, inside):
+    """LLM-ROM, section 3: the last 8, 12 and 24 of 32 modules at .60, .46 (.4667 meets the ratio) and .33."""
+    curves = [square(role, layer) for layer in range(32) for role in ("query", "up")]
+    ranks = ALLOCATIONS["last-modules"].choose(curves, int(ratio * sum(item.dense for item in curves)))
+    assert [rank is None for rank in ranks] == [item.layer < 32 - modules for item in curves]
+    late = [item.nbytes(rank) for item, rank in zip(curves, ranks, strict=True) if rank is not None]
+    assert abs(sum(late) / (len(late) * curves[0].dense) - inside) < 0.005
+
+
+@pytest.mark.parametrize(("rho", "low", "high"), [(0.5, 0.25, 0.75), (0.8, 0.6, 1.0)])
+def test_attention_types_are_lorap_s(rho, low, high):
+    """LoRAP: q, k keep rho / 2 and v, o 3 rho / 2; where that would not save, v, o stay dense and q, k keep 2 rho - 1."""
+    roles = ("query", "key", "value", "attention output", "up")
+    curves = [square(role, layer) for layer in range(4) for role in roles]
+    ranks = ALLOCATIONS["attention-types"].choose(curves, int(rho * sum(item.dense for item in curves)))
+    expected = {"query": low, "key": low, "value": high, "attention output": high, "up": rho}
+    for item, rank in zip(curves, ranks, strict=True):
+        assert abs(item.nbytes(rank) / item.dense - expected[item.role]) < 0.04
+
+
+def test_welore_ranks_count_singular_values_above_one_threshold():
+    curves = [curve(48, 32, seed) for seed in range(6)]
+    dense = sum(item.dense for item in curves)
+    ranks = ALLOCATIONS["welore"].choose(curves, int(0.6 * dense))
+    assert abs(taken(curves, ranks) / dense - 0.6) < 0.01
+    for threshold in (0.0, 0.3, 0.7):
+        for item in curves:
+            values = [(s - item.spectrum[-1]) / (item.spectrum[0] - item.spectrum[-1]) for s in item.spectrum]
+            rank = at_threshold(item, threshold)
+            count = sum(value >= threshold for value in values)
+            assert rank == (None if count > item.largest else count)
+    between = [
+        item.spectrum[rank] if rank is not None else item.spectrum[item.largest]
+        for item, rank in zip(curves, ranks, strict=True)
+    ]
+    normal = [
+        (value - item.spectrum[-1]) / (item.spectrum[0] - item.spectrum[-1])
+        for value, item in zip(between, curves, strict=True)
+    ]
+    assert max(normal) - min(normal) < 0.2, "the first value that is dropped is about the same everywhere"
+
+
+def test_truncation_loss_takes_less_from_what_loses_more():
+    """SVD-LLM V2: removed shares within a role are as 1 / log L."""
+    curves = [
+        replace(square("up", layer), loss=tuple(10.0**layer * (1 - r / 33) for r in range(33))) for layer in range(4)
+    ]
+    ranks = ALLOCATIONS["truncation-loss"].choose(curves, int(0.7 * sum(item.dense for item in curves)))
+    assert all(rank is not None for rank in ranks) and ranks == sorted(ranks)
+    at = uniform(curves, int(0.7 * sum(item.dense for item in curves)))
+    logs = [math.log(math.sqrt(1000 * item.loss[rank])) for item, rank in zip(curves, at, strict=True)]
+    removed = [1 - item.nbytes(rank) / item.dense for item, rank in zip(curves, ranks, strict=True)]
+    expected = [0.3 * 4 * (1 / one) / sum(1 / other for other in logs) for one in logs]
+    assert all(abs(a - b) < 0.03 for a, b in zip(removed, expected, strict=True))

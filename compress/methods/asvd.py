@@ -6,7 +6,7 @@ import torch
 
 from calibration.moments import Moments
 from compress.parts import Factors
-from compress.truncation import damping_floor, truncate_by_input, truncate_by_output
+from compress.truncation import damping_floor, truncate_by_channels
 
 ALPHA = 0.5
 
@@ -20,7 +20,4 @@ def asvd(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> F
         raise ValueError("asvd needs the inputs' mean magnitude")
     magnitude = moments.mean_absolute.double()
     scale = (magnitude + damping_floor(damping, float(magnitude.mean()))) ** ALPHA
-    if weight.shape[0] <= weight.shape[1]:
-        scaled = weight * scale
-        return truncate_by_output(weight, scaled @ scaled.T, rank)
-    return truncate_by_input(weight, torch.diag(scale), rank)
+    return truncate_by_channels(weight, scale, rank)

@@ -1,0 +1,58 @@
+"""WeLore: one threshold on every weight's normalised singular values (Jaiswal et al. 2024, arXiv 2407.11239, section 3).
+
+``s_i = (sigma_i - min) / (max - min)`` of each weight; the rank is the number of ``s_i`` at or above the threshold, which is found
+for the asked size instead of the paper's table for two models. A linear whose factors would not be smaller stays dense
+(the paper's N-LRC); the reference code may enlarge it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from compress.allocations.curve import Curve, Ranks, start, taken
+
+
+def normalised(spectrum: Sequence[float]) -> list[float]:
+    """Singular values scaled to 1 ... 0, largest first; all 1 where they are equal."""
+    high, low = spectrum[0], spectrum[-1]
+    return [(value - low) / (high - low) if high > low else 1.0 for value in spectrum]
+
+
+def at_threshold(curve: Curve, threshold: float) -> int | None:
+    """The rank at a threshold on the normalised spectrum; None (dense) where that saves nothing."""
+    values = normalised(curve.spectrum)
+    rank = len(values) - bisect_left(values[::-1], threshold)
+    if curve.largest < 1 or rank > curve.largest:
+        return None
+    return max(rank, 1)
+
+
+def welore(curves: Sequence[Curve], budget: int) -> Ranks:
+    """The lowest threshold that fits, then ranks in the order of their normalised singular values while they fit.
+
+    Raises Unreachable; ValueError where a curve has no spectrum.
+    """
+    start(curves, budget)
+    if any(not curve.spectrum for curve in curves):
+        raise ValueError("singular values of every weight are needed")
+    thresholds = sorted({value for curve in curves for value in normalised(curve.spectrum)}) + [2.0]
+    # bytes never grow with the threshold
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if taken(curves, [at_threshold(curve, thresholds[middle]) for curve in curves]) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    ranks = [at_threshold(curve, thresholds[high]) for curve in curves]
+    left = budget - taken(curves, ranks)
+    if high > 0:
+        # what the next lower threshold would add does not fit as a whole: give what fits, largest first
+        wanted = [at_threshold(curve, thresholds[high - 1]) for curve in curves]
+        for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
+            if rank is not None and wanted[index] != rank:
+                reached = max(min(curve.rank_within(curve.nbytes(rank) + left), wanted[index] or curve.largest), rank)
+                left -= curve.nbytes(reached) - curve.nbytes(rank)
+                ranks[index] = reached
+    return ranks

@@ -1,0 +1,173 @@
+"""The published methods against brute force, and every recipe on every architecture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+
+import run_pipeline
+from calibration.moments import Cross, GroupCollector, Moments
+from calibration.structure import discover
+from calibration.windows import make_windows
+from checkpoint.source import Source
+from checkpoint.workdir import WorkDirectory
+from compress import driver, output
+from compress.methods import METHODS
+from compress.plan import make_plan
+from compress.recipe import load_recipe, recipe_names
+from compress.refit import refit
+
+SHAPES = [(12, 20), (20, 12), (16, 16), (6, 20)]  # the last: the few key/value heads of grouped queries
+
+
+def correlated(tokens: int, width: int, seed: int, rank: int | None = None) -> torch.Tensor:
+    """Inputs with a mean, correlated channels and some outliers, of a given rank."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(tokens, rank or width, generator=generator, dtype=torch.float64)
+    mixed = base @ torch.randn(rank or width, width, generator=generator, dtype=torch.float64)
+    return mixed * torch.logspace(0, -2, width, dtype=torch.float64) + torch.randn(width, generator=generator)
+
+
+def moments_of(x: torch.Tensor, weight: torch.Tensor) -> Moments:
+    y = x @ weight.T
+    return Moments(
+        tokens=len(x),
+        input_power=float(x.square().mean()),
+        input=(x.T @ x / len(x)).float(),
+        output=(y.T @ y / len(x)).float(),
+        mean=x.mean(0).float(),
+        mean_square=x.square().mean(0).float(),
+    )
+
+
+@pytest.mark.parametrize("tokens", [200, 9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_afm_is_the_best_low_rank_map_with_a_free_bias(shape, tokens):
+    """Against the SVD of the centred outputs, which is the optimum (Eckart and Young) once the bias takes the mean."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = correlated(tokens, shape[1], 2)
+    rank = 3
+    found = METHODS["afm"].decompose(weight, moments_of(x, weight), rank, 1e-9).at_rank(rank)
+    assert found.shift is not None
+    y = x @ weight.T
+    error = (y - (x @ (found.a @ found.b).T + found.shift)).square().sum()
+    best = torch.linalg.svdvals(y - y.mean(0))[rank:].square().sum()
+    assert error <= best * (1 + 1e-3) + 1e-6 * float(y.square().sum())
+    plain = METHODS["llm-rom"].decompose(weight, moments_of(x, weight), rank, 1e-9).at_rank(rank)
+    assert error <= (y - x @ (plain.a @ plain.b).T).square().sum() * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_diagonal_weightings_are_svds_of_the_scaled_weight(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = correlated(50, shape[1], 4)
+    fisher = torch.rand(shape[0], generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
+    moments = replace(moments_of(x, weight), row_fisher=fisher)
+    rows, columns = torch.ones(shape[0], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
+    for name, left, right in (("awsvd", rows, x.square().mean(0).sqrt()), ("fwsvd", fisher.sqrt(), columns)):
+        u, s, v = torch.linalg.svd(left[:, None] * weight * right, full_matrices=False)
+        expected = (u[:, :4] * s[:4] @ v[:4]) / left[:, None] / right
+        found = METHODS[name].decompose(weight, moments, 4, 1e-12)
+        assert torch.allclose(found.a @ found.b, expected, atol=1e-5)
+        assert torch.allclose(found.loss, torch.stack([s[r:].square().sum() for r in range(5)]), rtol=1e-5)
+
+
+def test_row_fisher_is_the_fisher_of_every_weight_summed_over_its_row():
+    generator = torch.Generator().manual_seed(6)
+    linear = torch.nn.Linear(7, 5, bias=False)
+    collector = GroupCollector({"a": (5, 7)}, frozenset({"row_fisher"}))
+    collector.hooks({"a": linear})
+    x = torch.randn(2, 11, 7, generator=generator, requires_grad=True)
+    g = torch.randn(2, 11, 5, generator=generator)
+    torch.autograd.grad(linear(x), x, g)
+    per_weight = torch.einsum("bti,btj->btij", g, x.detach()).square().mean((0, 1))
+    assert torch.allclose(collector.moments()["a"].row_fisher, per_weight.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank_of_inputs", [None, 3])
+def test_a_refit_is_least_squares(rank_of_inputs):
+    x, target = correlated(100, 12, 7, rank_of_inputs), correlated(100, 8, 8)
+    b = torch.randn(5, 12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    a = torch.randn(8, 5, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    z = x @ b.T
+    cross = Cross(target.T @ z / len(x), z.T @ z / len(x))
+    found = refit(a, cross, 1e-10)
+    best = torch.linalg.lstsq(z, target, driver="gelsd").solution.T
+    error, least = ((target - z @ one.T).square().sum() for one in (found, best))
+    assert error <= least * (1 + 1e-6)
+    assert torch.allclose(refit(a, cross, 1e9), a, rtol=1e-6), "a heavy ridge keeps the factor"
+    assert torch.equal(refit(a, Cross(torch.zeros(8, 5), torch.zeros(5, 5)), 1e-3), a), "no inputs: kept"
+
+
+@pytest.mark.parametrize("name", zoo.CONTRACT)
+@pytest.mark.parametrize("recipe_name", recipe_names())
+def test_every_recipe_on_every_architecture(models, text, tmp_path, name, recipe_name):
+    """Collected, cut, and run: finite logits, of a model that is closer to the dense one the more is kept."""
+    source = Source(models(name), torch.float32)
+    structure = discover(source)
+    recipe = load_recipe(recipe_name).override(
+        {"ratio_scope": "decoder", "calibration_tokens": 512, "sequence_length": 32}
+    )
+    plan = make_plan(source, structure, recipe, 0.7, "")
+    from transformers import AutoTokenizer
+
+    windows = make_windows(AutoTokenizer.from_pretrained(models(name)), [str(text)], 512, 32, 0, zoo.VOCABULARY)
+    work = WorkDirectory(tmp_path / "work", {}, fresh=False)
+    plan, collected, _ = driver.collect(plan, windows if METHODS[recipe.decomposition].needs else None, work)
+    assert abs(plan.sizes.achieved_ratio - 0.7) <= 0.005
+    logits = output.expected_logits(plan, work, windows.ids[:1])
+    assert torch.isfinite(logits).all()
+    rows = output.matrix_rows(plan, work, collected)
+    assert len(rows) == len(structure.linears) and all(0 <= row["relative_error"] <= 1 for row in rows)
+    work.close()
+
+
+@pytest.mark.parametrize(("name", "export"), [("qwen2", "factored"), ("llama", "factored"), ("gpt2", "dense")])
+def test_a_changed_bias_is_stored(models, text, tmp_path, name, export):
+    """LORD's bias lands in the checkpoint: in the factored format everywhere, else where the architecture has one."""
+    out = tmp_path / "out"
+    arguments = ["--model", str(models(name)), "--recipe", "lord", "--target-ratio", "0.7", "--ratio-scope", "decoder"]
+    arguments += ["--calibration", str(text), "--calibration-tokens", "1024", "--sequence-length", "64"]
+    assert run_pipeline.main([*arguments, "--export", export, "--evaluate", "none", "--output", str(out)]) == 0
+    stored = load_file(out / "model.safetensors")
+    if export == "factored":
+        biased = [key for key in stored if key.endswith("factor_out.bias")]
+        assert len(biased) == len(json.loads((out / "config.json").read_text())["layerpress"]["linears"])
+        assert all(bool(stored[key].any()) for key in biased)
+    else:
+        before = load_file(models(name) / "model.safetensors")
+        assert any(not torch.equal(before[key], stored[key]) for key in before if key.endswith(".bias"))
+
+
+def test_a_walk_with_an_allocation_that_reads_losses_sweeps_the_dense_model_first(models, text, tmp_path):
+    arguments = [
+        "--model",
+        str(models("llama")),
+        "--recipe",
+        "llm-rom",
+        "--target-ratio",
+        "0.7",
+        "--ratio-scope",
+        "decoder",
+    ]
+    arguments += ["--calibration", str(text), "--calibration-tokens", "1024", "--sequence-length", "64"]
+    arguments += [
+        "--allocation",
+        "pooled",
+        "--refit",
+        "anchored",
+        "--evaluate",
+        "none",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert run_pipeline.main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]][1:3] == ["decomposing", "walking"]
+    ranks = {row.split(",")[4] for row in (tmp_path / "out" / "matrices.csv").read_text().splitlines()[1:]}
+    assert len(ranks) > 3, "ranks are pooled, not uniform"
