@@ -32,6 +32,8 @@ ROLES: dict[str, str] = {
     "dense_4h_to_h": "down",
 }
 OTHER = "other"
+PRODUCERS = ("gate", "up", "gate and up")  # make the intermediate channels of the feed-forward network
+CONSUMER = "down"  # reads them
 
 
 def role_of(local: str) -> str:

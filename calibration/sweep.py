@@ -210,8 +210,9 @@ class Sweep:
     ) -> dict[str, Cross]:
         """Second moments of targets and inner outputs ``z = b x`` for a group's linears, for refitting.
 
-        ``inner`` has ``b (r, d_in)`` by local name. The target is the linear's own output without bias on this sweep's
-        inputs or, with ``dense``, that of the original layer on that sweep's inputs.
+        ``inner`` has ``b (r, d_in)`` by local name, or the indices ``(r,)`` of the channels that are ``z``. The target is
+        the linear's own output without bias on this sweep's inputs or, with ``dense``, that of the original layer on that
+        sweep's inputs.
         """
         index, names = open_layer.layer.index, list(inner)
         originals = {name: open_layer.linear(name) for name in names}
@@ -232,7 +233,8 @@ class Sweep:
                     with open_layer.originals():
                         x_dense = self._input_of(open_layer, first, theirs.read(start, count))
                 for name, (target_inner, inner_inner) in sums.items():
-                    z = x @ inner[name].to(x.dtype).T
+                    b = inner[name]
+                    z = x[:, b] if b.dim() == 1 else x @ b.to(x.dtype).T
                     y = x_dense @ weights[name].T
                     with exact_bfloat16_products(z.dtype):
                         target_inner.addmm_(y.float().T, z.float())

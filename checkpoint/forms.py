@@ -36,26 +36,29 @@ class Part(Protocol):
         """``(d_out, d_in)``."""
         ...
 
-    @property
-    def shift(self) -> torch.Tensor | None:
-        """What is added to the bias, ``(d_out,)``; None: nothing."""
-        ...
-
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The tensors to store, by their names inside the module."""
         ...
 
     def dense(self) -> torch.Tensor:
-        """The product ``(d_out, d_in)``."""
+        """The weight that the part stands for, as a stock architecture of its size holds it."""
+        ...
+
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias of the linear once the part stands in it; ``old`` is what it had."""
         ...
 
 
 @dataclass(frozen=True)
 class Form:
-    """``stored(rank, d_out, d_in)`` says what is stored; ``bias`` is the name under which a bias goes in the module."""
+    """``stored(rank, d_out, d_in)`` says what is stored; ``bias`` is the name under which a bias goes in the module.
+
+    ``prunes_outputs``: only ``rank`` of the outputs are left, and so of the bias.
+    """
 
     stored: Callable[[int, int, int], Stored]
     bias: str
+    prunes_outputs: bool = False
 
     def nbytes(self, rank: int, d_out: int, d_in: int, itemsize: int) -> int:
         """Bytes at a rank, for a weight of ``itemsize`` bytes an element; the bias is not counted."""
@@ -82,36 +85,43 @@ def _pivoted(rank: int, d_out: int, d_in: int) -> Stored:
     }
 
 
+def _output_channels(rank: int, d_out: int, d_in: int) -> Stored:
+    return {"weight": (None, (rank, d_in))}
+
+
+def _input_channels(rank: int, d_out: int, d_in: int) -> Stored:
+    return {"weight": (None, (d_out, rank))}
+
+
+# rank is the rank of the product, or the number of channels that are kept
 FORMS: dict[str, Form] = {
     "factors": Form(_factors, bias="factor_out.bias"),
     "pivoted": Form(_pivoted, bias="bias"),
+    "output-channels": Form(_output_channels, bias="bias", prunes_outputs=True),
+    "input-channels": Form(_input_channels, bias="bias"),
 }
-
-
-def shifted_bias(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The bias of the linear once ``part`` stands in it, in ``dtype``; None if it has none."""
-    if part.shift is None:
-        return None if bias is None else bias.detach().to(dtype)
-    return (part.shift if bias is None else bias.detach().double() + part.shift).to(dtype)
 
 
 def stored_module(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The module that the checkpoint will hold, in ``dtype``, for use while calibrating."""
     d_out, d_in = part.shape
-    shifted = shifted_bias(part, bias, dtype)
-    module: nn.Module = MODULES[part.form](d_in, d_out, part.rank, shifted is not None, device="meta")
-    state = {name: item.to(dtype) if item.is_floating_point() else item for name, item in part.tensors().items()}
-    if shifted is not None:
-        state[FORMS[part.form].bias] = shifted
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False)
+    changed = part.bias(bias)
+    module: nn.Module = MODULES[part.form](d_in, d_out, part.rank, changed is not None, device="meta")
+    return _filled(module, dict(part.tensors()), FORMS[part.form].bias, changed, dtype)
 
 
 def multiplied_out(part: Part, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The stock module that ``--export dense`` will hold, in ``dtype``."""
-    d_out, d_in = part.shape
-    shifted = shifted_bias(part, bias, dtype)
-    module = nn.Linear(d_in, d_out, bias=shifted is not None, device="meta")
-    state = {"weight": part.dense().to(dtype)}
-    module.load_state_dict(state if shifted is None else {**state, "bias": shifted}, assign=True)
+    weight, changed = part.dense(), part.bias(bias)
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=changed is not None, device="meta")
+    return _filled(module, {"weight": weight}, "bias", changed, dtype)
+
+
+def _filled(
+    module: nn.Module, state: dict[str, torch.Tensor], bias_name: str, bias: torch.Tensor | None, dtype: torch.dtype
+) -> nn.Module:
+    if bias is not None:
+        state[bias_name] = bias.detach()
+    cast = {name: item.to(dtype) if item.is_floating_point() else item for name, item in state.items()}
+    module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False)

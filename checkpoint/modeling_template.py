@@ -1,4 +1,4 @@
-"""A model whose linear maps may be of low rank; written by layerpress.
+"""A model whose linear maps may be of low rank or have fewer channels; written by layerpress.
 
 This one file, beside config.json, is all that transformers needs (``trust_remote_code=True``). The three base
 classes below and ``model_type`` are filled in when the checkpoint is written; everything else is generic.
@@ -59,7 +59,22 @@ class PivotedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-MODULES = {"factors": FactoredLinear, "pivoted": PivotedLinear}
+def output_channels(d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> nn.Linear:
+    """A linear of which only ``rank`` outputs are left."""
+    return nn.Linear(d_in, rank, bias=bias, device=device, dtype=dtype)
+
+
+def input_channels(d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> nn.Linear:
+    """A linear of which only ``rank`` inputs are left."""
+    return nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+
+
+MODULES: dict[str, Any] = {
+    "factors": FactoredLinear,
+    "pivoted": PivotedLinear,
+    "output-channels": output_channels,
+    "input-channels": input_channels,
+}
 
 
 def factorise(base: nn.Module, config: Any) -> None:
@@ -87,8 +102,9 @@ def factorise(base: nn.Module, config: Any) -> None:
         if form not in MODULES:
             raise ValueError(f"config.json gives {path!r} the form {form!r}; known are {', '.join(MODULES)}")
         d_out, d_in = weight.shape if isinstance(linear, nn.Linear) else (weight.shape[1], weight.shape[0])
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(d_out, d_in):
-            raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be 1 to {min(d_out, d_in)}")
+        largest = {"output-channels": d_out, "input-channels": d_in}.get(form, min(d_out, d_in))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+            raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be 1 to {largest}")
         bias = getattr(linear, "bias", None) is not None or item.get("bias") is True
         base.set_submodule(path, MODULES[form](d_in, d_out, rank, bias, weight.device, weight.dtype))
 

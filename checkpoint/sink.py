@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import modeling_template
 from checkpoint.files import fsync_directory, write_json, write_text
-from checkpoint.forms import FORMS, Part, shifted_bias
+from checkpoint.forms import FORMS, Part
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
 
@@ -55,13 +55,13 @@ class Entry:
 class Replacement:
     """What the driver puts in a linear's place: its form and rank, and how to get the part when it is due.
 
-    ``shifts_bias``: the part changes the bias; a linear that has none gets one in the factored format.
+    ``bias``: how many elements a bias will have that the part changes or brings; None: the linear's own, if any, stays.
     """
 
     form: str
     rank: int
     transposed: bool
-    shifts_bias: bool
+    bias: int | None
     part: Callable[[], Part]
 
 
@@ -156,7 +156,7 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
                         for role, entry in entries.items():
                             if role not in stored:  # the bias
                                 old = getattr(source.model.get_submodule(path), "bias", None)
-                                yield cast(torch.Tensor, shifted_bias(part, old, entry.dtype))
+                                yield cast(torch.Tensor, part.bias(old)).detach().to(entry.dtype)
                             else:
                                 yield stored[role]
 
@@ -166,7 +166,7 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
     linears: dict[str, dict[str, Any]] = {}
     for path, item in replaced.items():
         linears[path.removeprefix(prefix)] = {"form": item.form, "rank": item.rank}
-        if item.shifts_bias:
+        if item.bias is not None:
             linears[path.removeprefix(prefix)]["bias"] = True
     _write_factored_config(source, linears, directory)
     copy_companions(source.directory, directory)
@@ -184,13 +184,13 @@ def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dic
     shape = tuple(source.tensor(name).shape)
     if path not in replaced:
         return {PLAIN: Entry(name, dtype, shape)}
-    form, shifts = FORMS[replaced[path].form], replaced[path].shifts_bias
+    form, changed = FORMS[replaced[path].form], replaced[path].bias
     if leaf == "bias":
-        return {} if shifts else {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
+        return {} if changed is not None else {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
     d_out, d_in = reversed(shape) if replaced[path].transposed else shape
     stored = form.stored(replaced[path].rank, d_out, d_in)
-    if shifts:
-        stored[form.bias] = (None, (d_out,))
+    if changed is not None:
+        stored[form.bias] = (None, (changed,))
     return {role: Entry(f"{path}.{role}", own or dtype, sizes) for role, (own, sizes) in stored.items()}
 
 
@@ -227,27 +227,70 @@ def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], d
 
 
 def write_dense(source: Source, replaced: dict[str, Replacement], directory: Path) -> int:
-    """Write the stock architecture under the source's own keys, factors multiplied out. Returns bytes of tensors."""
+    """Write the stock architecture under the source's own keys, factors multiplied out. Returns bytes of tensors.
+
+    Where channels are pruned its config says so: raises ValueError if no field of the config is that width.
+    """
     by_key = {source.stored(f"{path}.weight").key: item for path, item in replaced.items()}
-    shifted = {source.stored(f"{path}.bias").key: item for path, item in replaced.items() if item.shifts_bias}
+    biases = {source.stored(f"{path}.bias").key: item for path, item in replaced.items() if item.bias is not None}
     stored = source.used_tensors()
+
+    def entry(item: Any) -> Entry:
+        shape = item.shape
+        if item.key in by_key:
+            left = by_key[item.key]
+            d_out, d_in = reversed(shape) if left.transposed else shape
+            if left.form in PRUNED:
+                d_out, d_in = PRUNED[left.form](d_out, d_in, left.rank)
+            shape = (d_in, d_out) if left.transposed else (d_out, d_in)
+        elif item.key in biases:
+            shape = (biases[item.key].bias or 0,)
+        return Entry(item.key, item.dtype, shape)
 
     def tensors() -> Iterator[torch.Tensor]:
         for item in stored:
-            if item.key in shifted:
-                yield cast(torch.Tensor, shifted_bias(shifted[item.key].part(), source.read(item), item.dtype))
-                continue
-            if item.key not in by_key:
+            if item.key in biases:
+                yield cast(torch.Tensor, biases[item.key].part().bias(source.read(item))).to(item.dtype)
+            elif item.key in by_key:
+                product = by_key[item.key].part().dense()
+                yield product.T if by_key[item.key].transposed else product
+            else:
                 yield source.read(item)
-                continue
-            product = by_key[item.key].part().dense()
-            yield product.T if by_key[item.key].transposed else product
 
-    total = ShardWriter(directory, [Entry(item.key, item.dtype, item.shape) for item in stored]).write(tensors())
-    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+    total = ShardWriter(directory, [entry(item) for item in stored]).write(tensors())
+    config = _pruned_config(source, replaced)
+    if config is None:
+        shutil.copyfile(source.directory / "config.json", directory / "config.json")
+    else:
+        write_json(directory / "config.json", config)
     copy_companions(source.directory, directory)
     fsync_directory(directory)
     return total
+
+
+# (d_out, d_in, kept) -> the shape that is left
+PRUNED: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    "output-channels": lambda d_out, d_in, kept: (kept, d_in),
+    "input-channels": lambda d_out, d_in, kept: (d_out, kept),
+}
+
+
+def _pruned_config(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any] | None:
+    """The source's config.json with the field changed that holds the pruned width; None where nothing is pruned."""
+    consumers = [path for path, item in replaced.items() if item.form == "input-channels"]
+    if not consumers:
+        return None
+    config: dict[str, Any] = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    widths = {replaced[path].rank for path in consumers}
+    fields = [name for name in WIDTHS if hasattr(source.config.get_text_config(), name)]
+    if len(widths) != 1 or len(fields) != 1:
+        raise ValueError(f"no stock configuration holds the pruned widths {sorted(widths)} (fields: {fields})")
+    config[fields[0]] = widths.pop()
+    return config
+
+
+# what the configurations of transformers call the width of the feed-forward network
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
 def copy_companions(source: Path, directory: Path) -> None:

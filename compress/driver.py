@@ -8,13 +8,14 @@ later layers see it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from calibration.moments import Moments, module_weight
+from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Group, Linear
 from calibration.sweep import OpenLayer, Sweep, opened
 from calibration.windows import Windows
@@ -24,7 +25,9 @@ from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
 from compress.methods import METHODS
-from compress.parts import Factors
+from compress.methods.channels import channel_scores, kept_channels
+from compress.parts import Channels, Factors
+from compress.pivoting import PART_FORMS
 from compress.plan import Plan
 from compress.progress import Stage
 from compress.records import DENSE_STAGE, from_record, part_of, read_collected, stage_name, to_record
@@ -133,12 +136,9 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
                 tensors: dict[str, torch.Tensor] = {}
                 notes: dict[str, Any] = {}
                 ready = work.get(DENSE_STAGE, layer.index) if plan.recipe.mode == "one-shot" else None
-                for group in layer.groups:
-                    linears = [linear for linear in group.linears if plan.ranks[linear.name] is not None]
-                    if linears:
-                        found = _walk_group(plan, open_layer, group, linears, ready, (sweep, dense), notes)
-                        for linear in linears:
-                            tensors |= to_record(found[linear.local], linear)
+                rounds = [layer.groups] if plan.recipe.mode == "layerwise" else [(group,) for group in layer.groups]
+                for groups in rounds:
+                    tensors |= _walk_groups(plan, open_layer, groups, ready, (sweep, dense), notes)
                 if layer is not layers[-1]:
                     sweep.advance(open_layer)
                     if dense:
@@ -153,42 +153,99 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
     return stage
 
 
-def _walk_group(
+def _walk_groups(
     plan: Plan,
     open_layer: OpenLayer,
-    group: Group,
-    linears: list[Linear],
+    groups: Sequence[Group],
     ready: Mapping[str, torch.Tensor] | None,
     sweeps: tuple[Sweep, Sweep | None],
     notes: dict[str, Any],
-) -> dict[str, Factors]:
-    """Factors of a group's linears at the plan's ranks (new, or ``ready`` from the dense statistics), refitted, installed."""
+) -> dict[str, torch.Tensor]:
+    """Records of the groups' linears at the plan's ranks (new, or ``ready`` from the dense statistics), refitted; installed."""
     recipe = plan.recipe
-    sweep, dense = sweeps
-    found: dict[str, Factors] = {}
+    linears = [item for group in groups for item in group.linears if plan.ranks[item.name] is not None]
+    if not linears:
+        return {}
     moments: Mapping[str, Moments] = {}
     if ready is None:
-        moments = sweep.collect(open_layer, [group], METHODS[recipe.decomposition].needs, advance=False)
+        pruning = any(recipe.storage.form_of(linear) not in PART_FORMS for linear in linears)
+        needs = METHODS[recipe.decomposition].needs | ({"mean_square"} if pruning else set())
+        moments = sweeps[0].collect(open_layer, groups, needs, advance=False)
         release_memory()
+    found: dict[str, Factors | Channels] = {}
     for linear in linears:
         rank = plan.ranks[linear.name] or 0
         started = time.monotonic()
-        if ready is None:
-            factors = decompose(plan, open_layer, linear, moments[linear.local], rank)
+        if recipe.storage.form_of(linear) not in PART_FORMS:
+            found[linear.local] = _pruned(plan, open_layer, linear, moments, found)
+        elif ready is None:
+            found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], rank)
         else:
             whole = from_record(ready, linear)
-            factors = replace(whole, a=whole.a[:, :rank], b=whole.b[:rank], loss=whole.loss[: rank + 1])
-        found[linear.local] = factors
+            found[linear.local] = replace(whole, a=whole.a[:, :rank], b=whole.b[:rank], loss=whole.loss[: rank + 1])
         notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
-    if recipe.refit != "none":
-        inner = {linear.local: found[linear.local].b.to(linear.dtype) for linear in linears}
-        crosses = sweep.collect_cross(open_layer, group, inner, dense)
-        for local, cross in crosses.items():
-            found[local] = replace(found[local], a=refit(found[local].a, cross, recipe.refit_ridge))
+    for group in groups if recipe.refit != "none" else []:
+        _refit_group(plan, open_layer, group, found, sweeps)
+    tensors: dict[str, torch.Tensor] = {}
     for linear in linears:
-        stored = from_record(to_record(found[linear.local], linear), linear)
-        install(plan, open_layer, linear, part_of(plan, stored, plan.ranks[linear.name] or 0))
-    return found
+        tensors |= to_record(found[linear.local], linear)
+        install(plan, open_layer, linear, part_of(plan, tensors, linear, plan.ranks[linear.name] or 0))
+    return tensors
+
+
+def _refit_group(
+    plan: Plan,
+    open_layer: OpenLayer,
+    group: Group,
+    found: dict[str, Factors | Channels],
+    sweeps: tuple[Sweep, Sweep | None],
+) -> None:
+    """Refit what of a group can be: outer factors, and the weight that reads pruned channels."""
+    inner: dict[str, torch.Tensor] = {}
+    for linear in group.linears:
+        item = found.get(linear.local)
+        if isinstance(item, Factors):
+            inner[linear.local] = item.b.to(linear.dtype)
+        elif isinstance(item, Channels) and item.form == "input-channels":
+            inner[linear.local] = item.kept
+    if not inner:
+        return
+    for local, cross in sweeps[0].collect_cross(open_layer, group, inner, sweeps[1]).items():
+        item = found[local]
+        if isinstance(item, Factors):
+            found[local] = replace(item, a=refit(item.a, cross, plan.recipe.refit_ridge))
+        else:
+            found[local] = replace(item, weight=refit(item.weight, cross, plan.recipe.refit_ridge))
+
+
+def _pruned(
+    plan: Plan,
+    open_layer: OpenLayer,
+    linear: Linear,
+    moments: Mapping[str, Moments],
+    found: Mapping[str, Factors | Channels],
+) -> Channels:
+    """What is left of a linear of the feed-forward network; all its linears keep the same channels."""
+    layer = open_layer.layer
+    producers = [item for item in layer.linears if item.role in PRODUCERS]
+    (down,) = (item for item in layer.linears if item.role == CONSUMER)
+    keep = plan.ranks[down.name] or 0
+    known = next((item for item in found.values() if isinstance(item, Channels)), None)
+    if known is not None:
+        kept = known.kept[:keep]  # a fused gate and up keeps the same channels twice
+    else:
+        weights = [module_weight(open_layer.linear(item.local)) for item in producers]
+        split = [part for weight in weights for part in weight.split(down.d_in)]
+        powers = [moments[item.local].mean_square for item in (producers[0], down)]
+        assert powers[0] is not None and powers[1] is not None
+        scores = channel_scores(split, module_weight(open_layer.linear(down.local)), powers[0], powers[1])
+        kept = kept_channels(scores, keep)
+    weight = module_weight(open_layer.linear(linear.local))
+    shape, form = (linear.d_out, linear.d_in), plan.recipe.storage.form_of(linear)
+    if linear is down:
+        return Channels(weight[:, kept], kept, shape, form)
+    rows = torch.cat([kept + first for first in range(0, linear.d_out, down.d_in)])
+    return Channels(weight[rows], rows, shape, form)
 
 
 def _at_all_ranks(

@@ -9,7 +9,7 @@ import torch
 
 from calibration.structure import Linear
 from calibration.sweep import OpenLayer, streamed_logits
-from checkpoint.forms import Part
+from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
 from compress.driver import install
@@ -20,22 +20,29 @@ from compress.records import Parts, stage_name
 from compress.sizes import Collected
 
 
-def loss_at(plan: Plan, collected: Collected, linear: Linear) -> float:
-    """The method's loss of a linear at its planned rank, in its own unit."""
+def loss_at(plan: Plan, collected: Collected, linear: Linear) -> float | None:
+    """The method's loss of a linear at its planned rank, in its own unit; None where it knows none (pruned channels)."""
     rank = plan.ranks[linear.name]
-    return 0.0 if rank is None else collected.loss[linear.name][rank]
+    if rank is None:
+        return 0.0
+    losses = collected.loss.get(linear.name)
+    return None if losses is None else losses[rank]
 
 
 def predicted_loss(plan: Plan, collected: Collected) -> float | None:
     """Predicted KL(dense || compressed) in nats per token; None where the method's losses are in another unit."""
     if METHODS[plan.recipe.decomposition].unit != NATS:
         return None
-    return sum(loss_at(plan, collected, linear) for linear in plan.structure.linears)
+    return sum(loss_at(plan, collected, linear) or 0.0 for linear in plan.structure.linears)
 
 
-def shifts_bias(plan: Plan, linear: Linear) -> bool:
-    """Whether the linear's part changes its bias."""
-    return METHODS[plan.recipe.decomposition].changes_bias and (linear.has_bias or plan.recipe.storage.adds_bias)
+def changed_bias(plan: Plan, linear: Linear) -> int | None:
+    """Elements of the bias that the linear's part changes or brings; None where it leaves the bias alone."""
+    storage, rank = plan.recipe.storage, plan.ranks[linear.name] or 0
+    pruned = FORMS[storage.form_of(linear)].prunes_outputs
+    low_rank = storage.form_of(linear) == storage.form
+    changes = (low_rank and METHODS[plan.recipe.decomposition].changes_bias) or pruned
+    return storage.bias_of(linear, rank) or None if changes else None
 
 
 def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
@@ -54,8 +61,8 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
                     stage.step()
                 return part
 
-            rank, shifts = plan.ranks[linear.name] or 0, shifts_bias(plan, linear)
-            return Replacement(plan.recipe.form, rank, linear.transposed, shifts, due)
+            form, rank = plan.recipe.storage.form_of(linear), plan.ranks[linear.name] or 0
+            return Replacement(form, rank, linear.transposed, changed_bias(plan, linear), due)
 
         replaced = {linear.name: replacement(linear) for linear in factored}
         if plan.recipe.export == "dense":
@@ -89,7 +96,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
             rank = plan.ranks[linear.name]
             parameters = plan.recipe.storage.parameters(linear, rank)
             loss = loss_at(plan, collected, linear)
-            whole = 0.0 if rank is None else collected.loss[linear.name][0]
+            whole = collected.loss.get(linear.name, (0.0,))[0]
             rows.append(
                 {
                     "layer": layer.index,
@@ -99,8 +106,8 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "rank": "dense" if rank is None else rank,
                     "parameters": parameters,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),
-                    "relative_error": round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,
-                    "loss": float(f"{loss:.6g}"),
+                    "relative_error": "" if loss is None else round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,
+                    "loss": "" if loss is None else float(f"{loss:.6g}"),
                     "seconds": notes.get(linear.local, {}).get("seconds", 0.0),
                 }
             )

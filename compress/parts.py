@@ -63,6 +63,10 @@ class LowRank:
         """The product ``(d_out, d_in)``, multiplied in float32, in the factors' dtype."""
         return (self.a.float() @ self.b.float()).to(self.a.dtype)
 
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The old bias plus the shift."""
+        return shifted(old, self.shift)
+
 
 @dataclass(frozen=True)
 class Pivoted:
@@ -96,3 +100,49 @@ class Pivoted:
         """The product ``(d_out, d_in)``, multiplied in float32, in the rows' dtype."""
         rest = (self.coefficients.float() @ self.rows.float()).to(self.rows.dtype)
         return torch.cat([self.rows, rest])[self.order]
+
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The old bias plus the shift."""
+        return shifted(old, self.shift)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A weight ``(d_out, d_in)`` of which only some outputs (form ``output-channels``) or inputs (``input-channels``) are left.
+
+    ``weight`` is what is left, ``kept`` the indices of the channels, int64 and rising; ``whole`` is ``(d_out, d_in)``.
+    """
+
+    weight: torch.Tensor
+    kept: torch.Tensor
+    whole: tuple[int, int]
+    form: str
+
+    @property
+    def rank(self) -> int:
+        """The number of channels kept."""
+        return self.kept.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)`` before pruning."""
+        return self.whole
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the module holds them."""
+        return {"weight": self.weight}
+
+    def dense(self) -> torch.Tensor:
+        """The weight that is left: a stock architecture of smaller width holds it as it is."""
+        return self.weight
+
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias of the outputs that are left."""
+        return old[self.kept] if old is not None and self.form == "output-channels" else old
+
+
+def shifted(old: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias plus a shift ``(d_out,)`` float64; either may be None."""
+    if shift is None:
+        return old
+    return shift if old is None else (old.detach().double() + shift).to(old.dtype)

@@ -195,6 +195,7 @@ def output_identity(plan: Plan) -> dict[str, Any]:
         "target_ratio": plan.ratio,
         "ratio_scope": recipe.ratio_scope,
         "allocation": recipe.allocation,
+        "feed_forward": recipe.feed_forward,
         "export": recipe.export,
         "refit": recipe.refit,
         "refit_ridge": recipe.refit_ridge,

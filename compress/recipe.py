@@ -22,7 +22,8 @@ from compress.sizes import Storage
 CHOICES: dict[str, tuple[str, ...]] = {
     "decomposition": tuple(METHODS),
     "allocation": tuple(ALLOCATIONS),
-    "mode": ("one-shot", "sequential"),
+    "feed_forward": ("decompose", "prune"),
+    "mode": ("one-shot", "layerwise", "sequential"),
     "ratio_scope": ("model", "decoder"),
     "form": tuple(PART_FORMS),
     "export": ("factored", "dense"),
@@ -36,6 +37,9 @@ MICRO_BATCH_TOKENS = 2048
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result, besides the model and the target ratio.
+
+    ``mode`` says what the statistics see: the dense model (one-shot), the model whose earlier layers are compressed
+    (layerwise), or earlier groups of the same layer too (sequential). ``feed_forward: prune`` drops channels there.
 
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
     is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
@@ -51,6 +55,7 @@ class Recipe:
     summary: str = ""
     paper: str = ""
     allocation: str = "uniform"
+    feed_forward: str = "decompose"
     form: str = "factors"
     damping: float = 0.0
     fisher: str = "sampled"
@@ -75,9 +80,13 @@ class Recipe:
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise UserError(f"recipe {self.name}: {field.name} {_not_known(str(value), CHOICES[field.name])}")
         method = METHODS[self.decomposition]
-        if self.mode == "sequential" and method.backward:
+        if self.mode != "one-shot" and method.backward:
             raise UserError(
                 f"recipe {self.name}: {self.decomposition} needs the whole dense model's statistics; say mode: one-shot"
+            )
+        if self.feed_forward == "prune" and self.mode != "layerwise":
+            raise UserError(
+                f"recipe {self.name}: channels are pruned by a whole layer's statistics; say mode: layerwise"
             )
         if self.walks and not method.needs:
             raise UserError(
@@ -105,12 +114,13 @@ class Recipe:
     @property
     def walks(self) -> bool:
         """Whether a walk over the compressed model makes the parts; else they are slices of the dense sweep's."""
-        return self.mode == "sequential" or self.refit != "none"
+        return self.mode != "one-shot" or self.refit != "none"
 
     @property
     def storage(self) -> Storage:
         """How the low-rank linears are stored; a new bias has no place in a stock architecture."""
-        return Storage(self.form, METHODS[self.decomposition].changes_bias and self.export == "factored")
+        adds_bias = METHODS[self.decomposition].changes_bias and self.export == "factored"
+        return Storage(self.form, adds_bias, self.feed_forward == "prune")
 
     @property
     def gradient_windows(self) -> int:

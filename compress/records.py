@@ -14,7 +14,7 @@ import torch
 from calibration.structure import Linear
 from checkpoint.forms import Part
 from checkpoint.workdir import WorkDirectory
-from compress.parts import Factors
+from compress.parts import Channels, Factors
 from compress.pivoting import PART_FORMS
 from compress.plan import Plan
 from compress.sizes import Collected
@@ -29,14 +29,17 @@ def stage_name(plan: Plan) -> str:
     if not recipe.walks:
         return DENSE_STAGE
     refit = f"{recipe.refit}-{recipe.refit_ridge:g}"
-    return f"walk-{recipe.ratio_scope}-{plan.ratio:g}-{recipe.allocation}-{refit}-{recipe.export}"
+    return f"walk-{recipe.ratio_scope}-{plan.ratio:g}-{recipe.allocation}-{recipe.feed_forward}-{refit}-{recipe.export}"
 
 
-def to_record(factors: Factors, linear: Linear) -> dict[str, torch.Tensor]:
-    """Factors in the dtype in which they will be stored, losses and means as they are."""
-    tensors = {"a": factors.a.to(linear.dtype), "b": factors.b.to(linear.dtype), "loss": factors.loss}
-    if factors.mean_input is not None and factors.mean_output is not None:
-        tensors |= {"mean_input": factors.mean_input, "mean_output": factors.mean_output}
+def to_record(found: Factors | Channels, linear: Linear) -> dict[str, torch.Tensor]:
+    """What was found in the dtype in which it will be stored; losses, means and indices as they are."""
+    if isinstance(found, Channels):
+        tensors = {"weight": found.weight.to(linear.dtype), "kept": found.kept.clone()}
+    else:
+        tensors = {"a": found.a.to(linear.dtype), "b": found.b.to(linear.dtype), "loss": found.loss}
+        if found.mean_input is not None and found.mean_output is not None:
+            tensors |= {"mean_input": found.mean_input, "mean_output": found.mean_output}
     return {f"{linear.local}.{key}": value for key, value in tensors.items()}
 
 
@@ -47,9 +50,13 @@ def from_record(tensors: Mapping[str, torch.Tensor], linear: Linear) -> Factors:
     return Factors(a, b, loss, *means)
 
 
-def part_of(plan: Plan, factors: Factors, rank: int) -> Part:
-    """The part that a plan stores: factors cut to a rank, in the recipe's form."""
-    return PART_FORMS[plan.recipe.form](factors.at_rank(rank))
+def part_of(plan: Plan, tensors: Mapping[str, torch.Tensor], linear: Linear, rank: int) -> Part:
+    """The part that a plan stores: recorded factors cut to a rank, in the recipe's form, or recorded channels."""
+    form = plan.recipe.storage.form_of(linear)
+    if form in PART_FORMS:
+        return PART_FORMS[form](from_record(tensors, linear).at_rank(rank))
+    weight, kept = tensors[f"{linear.local}.weight"], tensors[f"{linear.local}.kept"]
+    return Channels(weight, kept, (linear.d_out, linear.d_in), form)
 
 
 class Parts:
@@ -67,7 +74,7 @@ class Parts:
         if linear.layer != self._index:
             self._tensors = self._work.get(stage_name(self._plan), linear.layer)
             self._index = linear.layer
-        return part_of(self._plan, from_record(self._tensors, linear), rank)
+        return part_of(self._plan, self._tensors, linear, rank)
 
 
 def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> Collected:

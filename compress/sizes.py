@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Linear
 from checkpoint.errors import UserError
 from checkpoint.forms import FORMS
@@ -42,26 +43,43 @@ NOTHING = Collected({}, {}, 1)
 
 @dataclass(frozen=True)
 class Storage:
-    """How low-rank linears are stored: their form, and whether those without a bias are given one."""
+    """How compressed linears are stored: their form, whether those without a bias are given one, whether channels go.
+
+    ``prunes_channels``: the feed-forward network loses channels, which has forms of its own; a rank is then their number.
+    """
 
     form: str
     adds_bias: bool = False
+    prunes_channels: bool = False
 
-    def _bias(self, linear: Linear) -> int:
-        return linear.d_out if self.adds_bias and not linear.has_bias else 0
+    def form_of(self, linear: Linear) -> str:
+        """The form in which a linear is stored."""
+        if self.prunes_channels and linear.role in PRODUCERS:
+            return "output-channels"
+        return "input-channels" if self.prunes_channels and linear.role == CONSUMER else self.form
+
+    def bias_of(self, linear: Linear, rank: int) -> int:
+        """Elements of a compressed linear's bias."""
+        if FORMS[self.form_of(linear)].prunes_outputs:
+            return rank if linear.has_bias else 0
+        return linear.d_out if linear.has_bias or self.adds_bias else 0
+
+    def _more_bias(self, linear: Linear, rank: int) -> int:
+        return self.bias_of(linear, rank) - (linear.d_out if linear.has_bias else 0)
 
     def nbytes(self, linear: Linear, rank: int | None) -> int:
-        """Bytes at a rank; None is dense."""
+        """Bytes at a rank (None is dense), counting what the bias grows or shrinks by."""
         if rank is None:
             return linear.nbytes
-        size = FORMS[self.form].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
-        return size + self._bias(linear) * linear.dtype.itemsize
+        size = FORMS[self.form_of(linear)].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
+        return size + self._more_bias(linear, rank) * linear.dtype.itemsize
 
     def parameters(self, linear: Linear, rank: int | None) -> int:
         """Parameters at a rank; None is dense."""
         if rank is None:
             return linear.d_out * linear.d_in
-        return FORMS[self.form].parameters(rank, linear.d_out, linear.d_in) + self._bias(linear)
+        stored = FORMS[self.form_of(linear)].parameters(rank, linear.d_out, linear.d_in)
+        return stored + self._more_bias(linear, rank)
 
     def curve(self, linear: Linear, collected: Collected = NOTHING) -> Curve:
         """The linear as the allocation sees it."""
@@ -106,19 +124,47 @@ def choose_ranks(
     Raises UserError naming the smallest ratio that can be reached where this one cannot.
     """
     budget = budget_for(linears, model_bytes, ratio, scope)
-    curves = [storage.curve(linear, collected) for linear in linears]
+    widths = pruned_widths(linears, storage, budget) if storage.prunes_channels else {}
+    others = [linear for linear in linears if linear.name not in widths]
+    spent = sum(storage.nbytes(linear, widths[linear.name]) for linear in linears if linear.name in widths)
+    curves = [storage.curve(linear, collected) for linear in others]
     try:
-        ranks = ALLOCATIONS[allocation].choose(curves, budget)
+        ranks = ALLOCATIONS[allocation].choose(curves, budget - spent)
     except Unreachable as problem:
         dense = sum(linear.nbytes for linear in linears)
         smallest = (
-            problem.smallest / dense if scope == "decoder" else (model_bytes - dense + problem.smallest) / model_bytes
+            (problem.smallest + spent) / dense
+            if scope == "decoder"
+            else (model_bytes - dense + problem.smallest + spent) / model_bytes
         )
         raise UserError(
             f"--target-ratio {ratio:g} cannot be reached with --ratio-scope {scope}: everything else is kept, so the smallest is "
             f"{smallest + 5e-4:.3f}"
         ) from problem
-    return {linear.name: rank for linear, rank in zip(linears, ranks, strict=True)}
+    return widths | {linear.name: rank for linear, rank in zip(others, ranks, strict=True)}
+
+
+def pruned_widths(linears: Sequence[Linear], storage: Storage, budget: int) -> dict[str, int | None]:
+    """Channels to keep of every feed-forward linear: the budget's fraction of them, the same in every layer.
+
+    Raises UserError where the roles of the linears do not tell what the feed-forward network is.
+    """
+    fraction = min(max(budget / sum(linear.nbytes for linear in linears), 0.0), 1.0)
+    widths: dict[str, int | None] = {}
+    for index in sorted({linear.layer for linear in linears}):
+        layer = [linear for linear in linears if linear.layer == index]
+        producers = [linear for linear in layer if linear.role in PRODUCERS]
+        consumers = [linear for linear in layer if linear.role == CONSUMER]
+        channels = consumers[0].d_in if len(consumers) == 1 else 0
+        if not producers or not channels or any(linear.d_out % channels for linear in producers):
+            raise UserError(
+                f"layer {index} has no feed-forward network whose channels could be pruned "
+                f"({', '.join(f'{item.local}: {item.role}' for item in layer)}); choose another recipe"
+            )
+        kept = max(int(fraction * channels), 1)
+        widths |= {linear.name: kept * (linear.d_out // channels) for linear in producers}
+        widths[consumers[0].name] = kept
+    return widths
 
 
 def measure(
