@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,22 @@ class Replay:
 
 @torch.no_grad()
 def streamed_logits(
-    source: Source, structure: Structure, ids: torch.Tensor, prepare: Callable[[OpenLayer], None]
+    source: Source,
+    structure: Structure,
+    ids: torch.Tensor,
+    prepare: Callable[[OpenLayer], None],
+    without: Sequence[Layer] = (),
 ) -> torch.Tensor:
     """Logits ``(windows, length, vocabulary)`` for a few windows, one layer in memory.
 
-    ``prepare`` is called with each open layer before it runs: the place to install parts.
+    ``prepare`` is called with each open layer before it runs: the place to install parts. Layers in ``without`` are passed by.
     """
     replay = Replay(source, structure, ids.shape[1])
     with source.loaded(structure.front):
         hidden = replay.embed(ids)
     for layer in structure.layers:
+        if layer in without:
+            continue
         with opened(source, layer) as open_layer:
             prepare(open_layer)
             hidden = replay.run_layer(layer.index, hidden)
@@ -278,6 +284,15 @@ class Sweep:
             self._produce(
                 self.path(index + 1), lambda first, count: self._replay.run_layer(index, states.read(first, count))
             )
+
+    def turning(self, index: int) -> float:
+        """``1 - E[cos(x, y)]`` over tokens, of the stored input and output of layer ``index``."""
+        total = 0.0
+        with self._open(self.path(index)) as before, self._open(self.path(index + 1)) as after:
+            for first, count in self._batches(0, len(self._ids)):
+                x, y = before.read(first, count).float(), after.read(first, count).float()
+                total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
+        return 1.0 - total / self._ids.numel()
 
     def forget(self, index: int) -> None:
         """Delete the stored input of layer ``index``, and the gradient at it."""

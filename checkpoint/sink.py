@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from checkpoint.files import fsync_directory, write_json, write_text
 from checkpoint.forms import FORMS, Part
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
+from checkpoint.stock import PRUNED_SHAPES, Renumbering, pruned_config
 
 SHARD_BYTES = 5_000_000_000
 PLAIN = ""  # the role of a parameter that is stored as it is
@@ -226,26 +227,28 @@ def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], d
     write_json(directory / "config.json", config)
 
 
-def write_dense(source: Source, replaced: dict[str, Replacement], directory: Path) -> int:
+def write_dense(source: Source, replaced: dict[str, Replacement], directory: Path, removed: Sequence[str] = ()) -> int:
     """Write the stock architecture under the source's own keys, factors multiplied out. Returns bytes of tensors.
 
-    Where channels are pruned its config says so: raises ValueError if no field of the config is that width.
+    ``removed`` are the paths of decoder layers that are left out, the others being renumbered. Where channels are pruned
+    config.json says so: raises ValueError if no field of it is that width.
     """
     by_key = {source.stored(f"{path}.weight").key: item for path, item in replaced.items()}
     biases = {source.stored(f"{path}.bias").key: item for path, item in replaced.items() if item.bias is not None}
-    stored = source.used_tensors()
+    numbering = Renumbering(source, removed)
+    stored = [item for item in source.used_tensors() if numbering.key(item.key) is not None]
 
     def entry(item: Any) -> Entry:
         shape = item.shape
         if item.key in by_key:
             left = by_key[item.key]
             d_out, d_in = reversed(shape) if left.transposed else shape
-            if left.form in PRUNED:
-                d_out, d_in = PRUNED[left.form](d_out, d_in, left.rank)
+            if left.form in PRUNED_SHAPES:
+                d_out, d_in = PRUNED_SHAPES[left.form](d_out, d_in, left.rank)
             shape = (d_in, d_out) if left.transposed else (d_out, d_in)
         elif item.key in biases:
             shape = (biases[item.key].bias or 0,)
-        return Entry(item.key, item.dtype, shape)
+        return Entry(numbering.key(item.key) or "", item.dtype, shape)
 
     def tensors() -> Iterator[torch.Tensor]:
         for item in stored:
@@ -258,7 +261,8 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
                 yield source.read(item)
 
     total = ShardWriter(directory, [entry(item) for item in stored]).write(tensors())
-    config = _pruned_config(source, replaced)
+    kept = {item.rank for item in replaced.values() if item.form == "input-channels"}
+    config = numbering.config() if removed else pruned_config(source, kept)
     if config is None:
         shutil.copyfile(source.directory / "config.json", directory / "config.json")
     else:
@@ -266,31 +270,6 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
     copy_companions(source.directory, directory)
     fsync_directory(directory)
     return total
-
-
-# (d_out, d_in, kept) -> the shape that is left
-PRUNED: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
-    "output-channels": lambda d_out, d_in, kept: (kept, d_in),
-    "input-channels": lambda d_out, d_in, kept: (d_out, kept),
-}
-
-
-def _pruned_config(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any] | None:
-    """The source's config.json with the field changed that holds the pruned width; None where nothing is pruned."""
-    consumers = [path for path, item in replaced.items() if item.form == "input-channels"]
-    if not consumers:
-        return None
-    config: dict[str, Any] = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    widths = {replaced[path].rank for path in consumers}
-    fields = [name for name in WIDTHS if hasattr(source.config.get_text_config(), name)]
-    if len(widths) != 1 or len(fields) != 1:
-        raise ValueError(f"no stock configuration holds the pruned widths {sorted(widths)} (fields: {fields})")
-    config[fields[0]] = widths.pop()
-    return config
-
-
-# what the configurations of transformers call the width of the feed-forward network
-WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -47,7 +47,8 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
     reads = bool(ALLOCATIONS[plan.recipe.allocation].reads)
     stages: list[Stage] = []
     if plan.recipe.mode == "one-shot" or reads:
-        through = _backward if METHODS[plan.recipe.decomposition].backward else _forward
+        method = METHODS[plan.recipe.decomposition]
+        through = _backward if method.backward else _influence if "influence" in method.needs else _forward
         stages += through(plan, windows, work)
         if reads:
             plan = plan.with_ranks(read_collected(plan, work, DENSE_STAGE, tokens))
@@ -82,6 +83,26 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
             stage.step()
         if sweep:
             sweep.close()
+    return [stage]
+
+
+def _influence(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
+    """How much every layer turns the hidden states; nothing is decomposed."""
+    assert windows is not None
+    layers = plan.structure.layers
+    done = next((index for index in range(len(layers)) if not work.done(DENSE_STAGE, index)), len(layers))
+    sweep = _sweep(plan, windows, work, DENSE_STAGE)
+    with Stage("block influence", len(layers)) as stage:
+        stage.step(done)
+        if done < len(layers):
+            sweep.embed()
+        for layer in layers[done:]:
+            with opened(plan.source, layer) as open_layer:
+                sweep.advance(open_layer)
+            work.put(DENSE_STAGE, layer.index, {"influence": torch.tensor(sweep.turning(layer.index))}, {})
+            sweep.forget(layer.index)
+            stage.step()
+        sweep.close()
     return [stage]
 
 
@@ -274,6 +295,7 @@ def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moment
     weight = module_weight(open_layer.linear(linear.local)).double()
     method = METHODS[plan.recipe.decomposition]
     run = method.decompose
+    assert run is not None
     if method.without_bias and not (linear.has_bias or plan.recipe.storage.adds_bias):
         run = method.without_bias
     try:

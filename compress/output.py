@@ -25,6 +25,8 @@ def loss_at(plan: Plan, collected: Collected, linear: Linear) -> float | None:
     rank = plan.ranks[linear.name]
     if rank is None:
         return 0.0
+    if rank == 0:
+        return None
     losses = collected.loss.get(linear.name)
     return None if losses is None else losses[rank]
 
@@ -48,7 +50,7 @@ def changed_bias(plan: Plan, linear: Linear) -> int | None:
 def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
     """Write the compressed checkpoint into ``directory``; returns the stage and the bytes of tensors."""
     parts = Parts(plan, work)
-    factored = [linear for linear in plan.structure.linears if plan.ranks[linear.name] is not None]
+    factored = [linear for linear in plan.structure.linears if plan.ranks[linear.name]]
     written: set[str] = set()
     with Stage("writing", len(factored), "matrices") as stage:
 
@@ -66,7 +68,7 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
 
         replaced = {linear.name: replacement(linear) for linear in factored}
         if plan.recipe.export == "dense":
-            total = write_dense(plan.source, replaced, directory)
+            total = write_dense(plan.source, replaced, directory, [layer.path for layer in plan.removed])
         else:
             total = write_factored(plan.source, [layer.path for layer in plan.structure.layers], replaced, directory)
     if plan.recipe.export == "factored" and total != plan.sizes.bytes_after:
@@ -84,7 +86,7 @@ def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch
             if part is not None:
                 install(plan, open_layer, linear, part)
 
-    return streamed_logits(plan.source, plan.structure, ids, prepare)
+    return streamed_logits(plan.source, plan.structure, ids, prepare, plan.removed)
 
 
 def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[dict[str, Any]]:
@@ -103,7 +105,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "matrix": linear.local,
                     "d_out": linear.d_out,
                     "d_in": linear.d_in,
-                    "rank": "dense" if rank is None else rank,
+                    "rank": {None: "dense", 0: "removed"}.get(rank, rank),
                     "parameters": parameters,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),
                     "relative_error": "" if loss is None else round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Plan:
     estimate: Estimate
     dtype_reason: str
 
+    @property
+    def removed(self) -> list[Layer]:
+        """Layers that are removed as a whole."""
+        return removed_layers(self.structure, self.ranks)
+
     def with_ranks(self, collected: Collected) -> Plan:
         """The plan with the ranks that its allocation chooses from what was collected."""
         return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, collected)
@@ -90,17 +96,31 @@ def make_plan(
         raise UserError(f"--target-ratio {ratio:g} must be above 0 and below 1: the part of the bytes to keep")
     linears = structure.linears
     allocation = recipe.allocation
-    if ALLOCATIONS[allocation].reads and collected is NOTHING:
+    if ALLOCATIONS[allocation].reads and collected is NOTHING and not ALLOCATIONS[allocation].plans_itself:
         allocation = "uniform"
     ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
-    sizes = measure(linears, ranks, recipe.storage, source.nbytes, parameters, recipe.ratio_scope)
+    beside = [
+        source.stored(name)
+        for layer in removed_layers(structure, ranks)
+        for name in source.parameter_names([layer.path])
+        if name not in {f"{linear.name}.weight" for linear in layer.linears}
+    ]
+    removed = sum(item.nbytes for item in beside), sum(torch.Size(item.shape).numel() for item in beside)
+    sizes = measure(linears, ranks, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
-            f"--target-ratio {ratio:g} cannot be met to 0.005: ranks are whole numbers and the nearest below gives "
+            f"--target-ratio {ratio:g} cannot be met to 0.005: ranks and layers are whole and the nearest below gives "
             f"{sizes.achieved_ratio:.4f}; ask for that"
         )
     return Plan(source, structure, recipe, ratio, ranks, sizes, _estimate(source, structure, recipe, sizes), reason)
+
+
+def removed_layers(structure: Structure, ranks: Mapping[str, int | None]) -> list[Layer]:
+    """Layers of which nothing is left."""
+    return [
+        layer for layer in structure.layers if layer.linears and all(ranks[item.name] == 0 for item in layer.linears)
+    ]
 
 
 def check_disk(plan: Plan, output: Path, work: Path) -> None:
@@ -190,8 +210,10 @@ def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> 
 def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
-    ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears factored"
-    open_yet = bool(ALLOCATIONS[recipe.allocation].reads)
+    ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears compressed"
+    if plan.removed:
+        ranks = f"{len(plan.removed)} of {len(plan.structure.layers)} layers removed"
+    open_yet = bool(ALLOCATIONS[recipe.allocation].reads) and not ALLOCATIONS[recipe.allocation].plans_itself
     if open_yet:
         ranks = "ranks are chosen when the losses are known"
     lines = [

@@ -84,6 +84,12 @@ class Recipe:
             raise UserError(
                 f"recipe {self.name}: {self.decomposition} needs the whole dense model's statistics; say mode: one-shot"
             )
+        removes = "influence" in ALLOCATIONS[self.allocation].reads
+        if removes != (self.decomposition == "none") or (removes and (self.export, self.walks) != ("dense", False)):
+            raise UserError(
+                f"recipe {self.name}: whole layers are removed by decomposition: none, allocation: block-influence, "
+                "mode: one-shot and export: dense together"
+            )
         if self.feed_forward == "prune" and self.mode != "layerwise":
             raise UserError(
                 f"recipe {self.name}: channels are pruned by a whole layer's statistics; say mode: layerwise"

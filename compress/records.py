@@ -81,10 +81,14 @@ def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> 
     """What the records of a stage say of every linear that can be factored."""
     losses: dict[str, tuple[float, ...]] = {}
     spectra: dict[str, tuple[float, ...]] = {}
+    influence: dict[int, float] = {}
     for layer in plan.structure.layers:
+        told = work.get(stage, layer.index, ending="influence")
+        if told:
+            influence[layer.index] = float(told["influence"])
         for ending, found in (("loss", losses), ("spectrum", spectra)):
             record = work.get(stage, layer.index, ending=f".{ending}")
             for linear in layer.linears:
                 if f"{linear.local}.{ending}" in record:
                     found[linear.name] = tuple(record[f"{linear.local}.{ending}"].tolist())
-    return Collected(losses, spectra, tokens)
+    return Collected(losses, spectra, influence, tokens)

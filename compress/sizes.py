@@ -31,14 +31,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Collected:
-    """What collecting found out of the linears, by name: losses at every rank, singular values; over how many tokens."""
+    """What collecting found out: losses at every rank and singular values by linear, influence by layer; tokens seen."""
 
     loss: Mapping[str, tuple[float, ...]]
     spectrum: Mapping[str, tuple[float, ...]]
+    influence: Mapping[int, float]
     tokens: int
 
 
-NOTHING = Collected({}, {}, 1)
+NOTHING = Collected({}, {}, {}, 1)
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,16 @@ class Storage:
         return self.bias_of(linear, rank) - (linear.d_out if linear.has_bias else 0)
 
     def nbytes(self, linear: Linear, rank: int | None) -> int:
-        """Bytes at a rank (None is dense), counting what the bias grows or shrinks by."""
-        if rank is None:
-            return linear.nbytes
+        """Bytes at a rank (None is dense, 0 is removed), counting what the bias grows or shrinks by."""
+        if not rank:
+            return 0 if rank == 0 else linear.nbytes
         size = FORMS[self.form_of(linear)].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
         return size + self._more_bias(linear, rank) * linear.dtype.itemsize
 
     def parameters(self, linear: Linear, rank: int | None) -> int:
-        """Parameters at a rank; None is dense."""
-        if rank is None:
-            return linear.d_out * linear.d_in
+        """Parameters at a rank; None is dense, 0 is removed."""
+        if not rank:
+            return 0 if rank == 0 else linear.d_out * linear.d_in
         stored = FORMS[self.form_of(linear)].parameters(rank, linear.d_out, linear.d_in)
         return stored + self._more_bias(linear, rank)
 
@@ -97,6 +98,7 @@ class Storage:
             linear.layer,
             linear.role,
             collected.tokens,
+            collected.influence.get(linear.layer),
         )
 
     def largest_rank(self, linear: Linear) -> int:
@@ -174,16 +176,17 @@ def measure(
     model_bytes: int,
     model_parameters: int,
     scope: str,
+    removed: tuple[int, int] = (0, 0),
 ) -> Sizes:
-    """The sizes of a choice of ranks."""
+    """The sizes of a choice of ranks; ``removed`` are bytes and parameters that go with removed layers' linears."""
     dense_parameters = sum(linear.d_out * linear.d_in for linear in linears)
     dense_bytes = sum(linear.nbytes for linear in linears)
     kept_parameters = sum(storage.parameters(linear, ranks[linear.name]) for linear in linears)
     kept_bytes = sum(storage.nbytes(linear, ranks[linear.name]) for linear in linears)
-    after = model_bytes - dense_bytes + kept_bytes
+    after = model_bytes - dense_bytes + kept_bytes - removed[0]
     return Sizes(
         decoder_linear_parameters=kept_parameters / dense_parameters,
-        model_parameters=(model_parameters - dense_parameters + kept_parameters) / model_parameters,
+        model_parameters=(model_parameters - dense_parameters + kept_parameters - removed[1]) / model_parameters,
         model_bytes=after / model_bytes,
         bits_per_decoder_weight=8 * kept_bytes / dense_parameters,
         bytes_before=model_bytes,

@@ -53,9 +53,14 @@ def test_the_budget_is_met(name, curves, ratio):
     try:
         ranks = allocation(curves, budget)
     except Unreachable as problem:
-        assert problem.smallest == sum(item.smallest for item in curves) > budget
+        assert problem.smallest > budget
+        if name != "block-influence":
+            assert problem.smallest == sum(item.smallest for item in curves)
         return
     assert taken(curves, ranks) <= budget
+    if name == "block-influence":
+        assert set(ranks) <= {0, None}
+        return
     assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(curves, ranks, strict=True))
     if name not in ("pooled", "welore"):
         pairs = zip(curves, ranks, strict=True)

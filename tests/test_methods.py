@@ -115,15 +115,18 @@ def test_every_recipe_on_every_architecture(models, text, tmp_path, name, recipe
     recipe = load_recipe(recipe_name).override(
         {"ratio_scope": "decoder", "calibration_tokens": 512, "sequence_length": 32}
     )
+    ratio = 0.7
+    if recipe.decomposition == "none":
+        ratio = 0.667  # two layers of three
     if recipe.feed_forward == "prune" and name == "falcon":
         recipe = recipe.override(
             {"ratio_scope": "model"}
         )  # its fused qkv and wide network meet the decoder's 0.7 coarsely
-    plan = make_plan(source, structure, recipe, 0.7, "")
+    plan = make_plan(source, structure, recipe, ratio, "")
     windows = make_windows(AutoTokenizer.from_pretrained(models(name)), [str(text)], 512, 32, 0, zoo.VOCABULARY)
     work = WorkDirectory(tmp_path / "work", {}, fresh=False)
     plan, collected, _ = driver.collect(plan, windows if METHODS[recipe.decomposition].needs else None, work)
-    assert abs(plan.sizes.achieved_ratio - 0.7) <= 0.005
+    assert abs(plan.sizes.achieved_ratio - ratio) <= 0.005
     logits = output.expected_logits(plan, work, windows.ids[:1])
     assert torch.isfinite(logits).all()
     rows = output.matrix_rows(plan, work, collected)
@@ -240,3 +243,48 @@ def test_least_squares_repair_brings_the_logits_closer(models, text, tmp_path):
         with torch.no_grad():
             errors.append(float((compressed(ids).logits - dense(ids).logits).norm()))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_removed_blocks_are_those_that_turn_the_states_least(models, text, tmp_path, name):
+    """Against the whole model's hidden states; what is written is the stock architecture without that layer."""
+    out = tmp_path / "out"
+    arguments = [
+        "--model",
+        str(models(name)),
+        "--recipe",
+        "block-removal",
+        "--target-ratio",
+        "0.667",
+        "--calibration",
+        str(text),
+    ]
+    arguments += ["--ratio-scope", "decoder", "--calibration-tokens", "1024", "--sequence-length", "64"]
+    assert run_pipeline.main([*arguments, "--evaluate", "none", "--output", str(out)]) == 0
+    windows = make_windows(AutoTokenizer.from_pretrained(models(name)), [str(text)], 1024, 64, 0, zoo.VOCABULARY)
+    dense = AutoModelForCausalLM.from_pretrained(models(name)).eval()
+    layers = next(m for m in dense.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    turned: list[float] = []
+
+    def see(_, args, kwargs, y):
+        x, y = args[0] if args else kwargs["hidden_states"], y[0] if isinstance(y, tuple) else y
+        turned.append(float(1 - torch.nn.functional.cosine_similarity(x, y, dim=-1).mean()))
+
+    for layer in layers:
+        layer.register_forward_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        dense(windows.ids)
+    rows = [row.split(",") for row in (out / "matrices.csv").read_text().splitlines()[1:]]
+    assert {int(row[0]) for row in rows if row[4] == "removed"} == {turned.index(min(turned))}
+    small, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert small.config.num_hidden_layers == 2
+    del layers[turned.index(min(turned))]
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    ids = windows.ids[:1, :16]
+    with torch.no_grad():
+        dense.config.num_hidden_layers = 2
+        assert torch.allclose(small.eval()(ids, use_cache=False).logits, dense(ids, use_cache=False).logits, atol=1e-4)

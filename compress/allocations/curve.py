@@ -23,7 +23,8 @@ class Curve:
 
     ``loss[r]`` for the same ranks is the method's objective when truncated at r (dense costs nothing), per token, over
     ``tokens`` tokens; ``spectrum`` is the weight's own singular values, all of them, largest first. Either is empty
-    where it is not known: an allocation says what it reads. ``layer`` and ``role`` (calibration/roles.py) say where it is.
+    where it is not known: an allocation says what it reads. ``influence`` is the layer's. ``layer`` and ``role``
+    (calibration/roles.py) say where it is.
     """
 
     dense: int
@@ -33,6 +34,7 @@ class Curve:
     layer: int = 0
     role: str = ""
     tokens: int = 1
+    influence: float | None = None
 
     @property
     def largest(self) -> int:

@@ -32,9 +32,12 @@ Decompose = Callable[[torch.Tensor, Moments, int, float], Factors]
 
 @dataclass(frozen=True)
 class Method:
-    """A decomposition, the moments that it needs, the unit of its losses, and what runs where its bias has no place."""
+    """A decomposition, the moments that it needs, the unit of its losses, and what runs where its bias has no place.
 
-    decompose: Decompose
+    None decomposes nothing: for allocations that remove whole layers.
+    """
+
+    decompose: Decompose | None
     needs: frozenset[str] = frozenset()
     unit: str = "squared output error per token"
     without_bias: Decompose | None = None
@@ -51,6 +54,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "none": Method(None, frozenset({"influence"})),
     "svd": Method(svd),
     "asvd": Method(asvd, frozenset({"mean_absolute"})),
     "awsvd": Method(awsvd, frozenset({"mean_square"})),
