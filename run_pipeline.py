@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--fisher", choices=CHOICES["fisher"], help="labels of the loss gradient: drawn from the model, or the text's"
     )
+    text.add_argument(
+        "--search-tokens", type=int, metavar="N", help="how many of them a sensitivity search runs on (4096)"
+    )
     text.add_argument("--seed", type=int, metavar="S", help="draws the windows (0)")
     out = main.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="./MODEL-RECIPE-RATIO by default")
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from compress.pipeline import run as run_request
     from compress.recipe import CHOICES, load_recipe
 
-    fields = (*CHOICES, "calibration", "calibration_tokens", "sequence_length", "seed", "evaluate")
+    fields = (*CHOICES, "calibration", "calibration_tokens", "sequence_length", "search_tokens", "seed", "evaluate")
     recipe = load_recipe(options.recipe).override({field: getattr(options, field, None) for field in fields})
     if not options.model or not options.target_ratio:
         raise UserError("--model and --target-ratio are needed; see --help")

@@ -1,4 +1,4 @@
-"""Replays the decoder one layer at a time: the calls are recorded once, hidden states come from files.
+"""Statistics of the decoder, one layer at a time, the hidden states between layers in files.
 
 One sweep serves both modes. The sequential mode is the loop that installs what it compressed, so that
 later groups of the same layer and all later layers see it; the one-shot mode never installs.
@@ -8,159 +8,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibration.labels import Labels, loss_gradient, next_tokens, sample, uniforms
+from calibration.labels import LOGIT_BYTES, Labels, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
+from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
-from calibration.structure import Group, Layer, Stop, Structure, first_of, patched_forwards, split_call
+from calibration.structure import Group, Stop, Structure
 from calibration.windows import Windows
 from checkpoint.files import fsync_directory
 from checkpoint.source import Source
 
 SAMPLES = 4096  # tokens of which a linear's own inputs and gradients are kept while its layer is open
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Replay:
-    """The model's forward cut into embedding, layers and head, each run on its own weights only."""
-
-    def __init__(self, source: Source, structure: Structure, length: int) -> None:
-        self.source, self.structure, self.length = source, structure, length
-        self._modules = [source.model.get_submodule(layer.path) for layer in structure.layers]
-        self._calls: dict[int, list[Call]] = {}
-
-    def calls(self, batch: int) -> list[Call]:
-        """Every layer's arguments besides the hidden states, for ``batch`` windows; recorded on zero weights."""
-        if batch not in self._calls:
-            recorded: list[Call] = []
-
-            def stub(*args: Any, **kwargs: Any) -> Any:
-                hidden, rest, keywords = split_call(args, kwargs)
-                recorded.append((rest, keywords))
-                if len(recorded) == len(self._modules):
-                    raise Stop
-                return (hidden,) if self.structure.returns_tuple else hidden
-
-            with self.source.zeros(self.structure.front):
-                self._forward(torch.zeros(batch, self.length, dtype=torch.int64), [stub] * len(self._modules))
-            self._calls[batch] = recorded
-        return self._calls[batch]
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The first layer's input ``(windows, length, width)``; the front's weights must be loaded."""
-        caught: list[torch.Tensor] = []
-
-        def stub(*args: Any, **kwargs: Any) -> Any:
-            caught.append(split_call(args, kwargs)[0])
-            raise Stop
-
-        self._forward(ids, [stub] * len(self._modules))
-        return caught[0]
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of the last layer's output, differentiable under autograd; the back's weights must be loaded.
-
-        The front runs on zeros where its weights are not loaded: what it gives is thrown away.
-        """
-
-        def stub(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self.structure.returns_tuple else hidden
-
-        with self.source.zeros(self.structure.front):
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-            with patched_forwards(self._modules, [stub] * len(self._modules)):
-                return self.source.model(input_ids=ids, use_cache=False).logits
-
-    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Output of layer ``index``, whose weights must be loaded."""
-        args, kwargs = self.calls(hidden.shape[0])[index]
-        return first_of(self._modules[index](hidden, *args, **kwargs))
-
-    def _forward(self, ids: torch.Tensor, forwards: list[Callable[..., Any]]) -> None:
-        try:
-            with torch.no_grad(), patched_forwards(self._modules, forwards):
-                self.source.model(input_ids=ids, use_cache=False)
-        except Stop:
-            pass
-
-
-@torch.no_grad()
-def streamed_logits(
-    source: Source,
-    structure: Structure,
-    ids: torch.Tensor,
-    prepare: Callable[[OpenLayer], None],
-    without: Sequence[Layer] = (),
-) -> torch.Tensor:
-    """Logits ``(windows, length, vocabulary)`` for a few windows, one layer in memory.
-
-    ``prepare`` is called with each open layer before it runs: the place to install parts. Layers in ``without`` are passed by.
-    """
-    replay = Replay(source, structure, ids.shape[1])
-    with source.loaded(structure.front):
-        hidden = replay.embed(ids)
-    for layer in structure.layers:
-        if layer in without:
-            continue
-        with opened(source, layer) as open_layer:
-            prepare(open_layer)
-            hidden = replay.run_layer(layer.index, hidden)
-    with source.loaded(structure.back):
-        return replay.head(hidden)
-
-
-class OpenLayer:
-    """A layer whose weights are in memory."""
-
-    def __init__(self, source: Source, layer: Layer) -> None:
-        self.layer = layer
-        self.module: nn.Module = source.model.get_submodule(layer.path)
-        self._replaced: dict[str, nn.Module] = {}
-
-    def linear(self, local: str) -> nn.Module:
-        """The original module of a linear, whatever is installed in its place."""
-        return self._replaced.get(local, None) or self.module.get_submodule(local)
-
-    def install(self, local: str, module: nn.Module) -> None:
-        """Put ``module`` where the linear ``local`` was, until the layer is closed."""
-        self._replaced.setdefault(local, self.module.get_submodule(local))
-        self.module.set_submodule(local, module)
-
-    @contextmanager
-    def originals(self) -> Iterator[None]:
-        """The original linears in their places for a while."""
-        installed = {local: self.module.get_submodule(local) for local in self._replaced}
-        for local, module in self._replaced.items():
-            self.module.set_submodule(local, module)
-        try:
-            yield
-        finally:
-            for local, module in installed.items():
-                self.module.set_submodule(local, module)
-
-    def restore(self) -> None:
-        """Put the original linears back."""
-        for local, module in self._replaced.items():
-            self.module.set_submodule(local, module)
-        self._replaced.clear()
-
-
-@contextmanager
-def opened(source: Source, layer: Layer) -> Iterator[OpenLayer]:
-    """Load a layer; on exit put its own linears back and evict it."""
-    with source.loaded([layer.path]):
-        open_layer = OpenLayer(source, layer)
-        try:
-            yield open_layer
-        finally:
-            open_layer.restore()
 
 
 class Sweep:
@@ -284,6 +149,43 @@ class Sweep:
             self._produce(
                 self.path(index + 1), lambda first, count: self._replay.run_layer(index, states.read(first, count))
             )
+
+    def vary(self, open_layer: OpenLayer, base: Sweep, variants: Iterable[Mapping[str, nn.Module]]) -> None:
+        """Write the next layer's input with the layer run on ``base``'s states once a variant, one after the other.
+
+        A variant is the modules that stand in for linears, by local name; this sweep has as many times the windows of ``base``.
+        """
+        index, temporary = open_layer.layer.index, self.path(open_layer.layer.index + 1).with_suffix(".tmp")
+        length, dtype = self._ids.shape[1], self._source.compute_dtype
+        with torch.no_grad(), ExitStack() as stack:
+            states = stack.enter_context(base._open(base.path(index)))
+            made: HiddenStates | None = None
+            at = 0
+            for modules in variants:
+                for local, module in modules.items():
+                    open_layer.install(local, module)
+                for first, count in base._batches(0, len(base._ids)):
+                    y = self._replay.run_layer(index, states.read(first, count))
+                    if made is None:
+                        made = HiddenStates(temporary, len(self._ids), length, y.shape[-1], dtype, write=True)
+                        stack.enter_context(made)
+                    made.write(at + first, y)
+                at += len(base._ids)
+                open_layer.restore()
+        os.replace(temporary, self.path(index + 1))
+
+    def losses(self, windows: int) -> list[float]:
+        """Mean loss on the text's own next tokens (nats per token) of every ``windows`` windows, from the last layer's output."""
+        index, totals = len(self._structure.layers), [0.0] * (len(self._ids) // windows)
+        chunk = max(1, LOGIT_BYTES // (4 * self._source.config.get_text_config().vocab_size))
+        with self._source.loaded(self._structure.back), self._open(self.path(index)) as states, torch.no_grad():
+            for window in range(len(self._ids)):
+                hidden, labels = states.read(window, 1)[:, :-1], self._ids[window, 1:]
+                for part, wanted in zip(hidden.split(chunk, dim=1), labels.split(chunk), strict=True):
+                    logits = self._replay.head(part)[0].float()
+                    loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+                    totals[window // windows] += float(loss) / (windows * len(labels))
+        return totals
 
     def turning(self, index: int) -> float:
         """``1 - E[cos(x, y)]`` over tokens, of the stored input and output of layer ``index``."""

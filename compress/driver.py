@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from calibration.moments import Moments, module_weight
+from calibration.replay import OpenLayer, opened
 from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Group, Linear
-from calibration.sweep import OpenLayer, Sweep, opened
+from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.errors import UserError
 from checkpoint.forms import Part, multiplied_out, stored_module
@@ -50,6 +51,11 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
         method = METHODS[plan.recipe.decomposition]
         through = _backward if method.backward else _influence if "influence" in method.needs else _forward
         stages += through(plan, windows, work)
+        if "sensitivity" in ALLOCATIONS[plan.recipe.allocation].reads:
+            from compress.search import search  # it builds on this module
+
+            assert windows is not None
+            stages.append(search(plan, windows, work))
         if reads:
             plan = plan.with_ranks(read_collected(plan, work, DENSE_STAGE, tokens))
     if plan.recipe.walks:
@@ -304,12 +310,14 @@ def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moment
         raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem
 
 
-def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> None:
-    """Put a compressed part in the place of its linear, as the checkpoint will hold it."""
+def module_for(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> torch.nn.Module:
+    """A compressed part as the checkpoint will hold it."""
     original = open_layer.linear(linear.local)
     bias: torch.Tensor | None = original.bias if linear.has_bias else None  # type: ignore[assignment]
-    dtype = plan.source.compute_dtype
-    if plan.recipe.export == "dense":
-        open_layer.install(linear.local, multiplied_out(part, bias, dtype))
-    else:
-        open_layer.install(linear.local, stored_module(part, bias, dtype))
+    make = multiplied_out if plan.recipe.export == "dense" else stored_module
+    return make(part, bias, plan.source.compute_dtype)
+
+
+def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> None:
+    """Put a compressed part in the place of its linear."""
+    open_layer.install(linear.local, module_for(plan, open_layer, linear, part))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from calibration.replay import OpenLayer, streamed_logits
 from calibration.structure import Linear
-from calibration.sweep import OpenLayer, streamed_logits
 from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory

@@ -46,6 +46,7 @@ COLLECTED = (
     "damping",
     "fisher",
     "gradient_tokens",
+    "search_tokens",
     "calibration_tokens",
     "sequence_length",
     "seed",

@@ -16,6 +16,7 @@ from checkpoint.errors import UserError
 from checkpoint.source import Source, read_config
 from checkpoint.workdir import free_bytes
 from compress.allocations import ALLOCATIONS
+from compress.allocations.sensitivity import RATIOS
 from compress.methods import METHODS
 from compress.recipe import Recipe
 from compress.sizes import NOTHING, Collected, Sizes, choose_ranks, measure
@@ -189,6 +190,13 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) 
         for linear in structure.linears
     )
     reading = 3 * source.nbytes / 1e9
+    if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:
+        # every variant of a layer's linears goes through the layers behind it, and through the head
+        depth = len(structure.layers)
+        variants = len(RATIOS) * len(structure.linears) * min(recipe.search_tokens, tokens)
+        head = sum(source.tensor(name).numel() for name in structure.back)
+        flops += 2.0 * variants * (sum(linear.d_in * linear.d_out for linear in structure.linears) / 2 + head)
+        reading += depth / 2 * source.nbytes / 1e9
     return (
         flops / _flops_per_second(source.compute_dtype)
         + 2.0 * tokens * squares * (2 if backward else 1) / _flops_per_second(torch.float32)

@@ -44,9 +44,9 @@ class Recipe:
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
     is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
     gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens`` of the calibration tokens go
-    backward; ``refit`` refits each outer factor on the compressed model's inputs, ``refit_ridge`` holding it to what it
-    was; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
-    ``evaluate`` is a preset, tasks, or ``none``.
+    backward; a sensitivity search measures on the first ``search_tokens``; ``refit`` refits each outer factor on the
+    compressed model's inputs, ``refit_ridge`` holding it to what it was; ``calibration`` is a file, a dataset or
+    ``offline``, or several by comma (each an equal share); ``evaluate`` is a preset, tasks, or ``none``.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Recipe:
     damping: float = 0.0
     fisher: str = "sampled"
     gradient_tokens: int = 65536
+    search_tokens: int = 4096
     refit: str = "none"
     refit_ridge: float = 1e-3
     ratio_scope: str = "model"
@@ -94,13 +95,17 @@ class Recipe:
             raise UserError(
                 f"recipe {self.name}: channels are pruned by a whole layer's statistics; say mode: layerwise"
             )
+        if "sensitivity" in ALLOCATIONS[self.allocation].reads and not method.needs:
+            raise UserError(
+                f"recipe {self.name}: a sensitivity search needs calibration text, {self.decomposition} reads none"
+            )
         if self.walks and not method.needs:
             raise UserError(
                 f"recipe {self.name}: {self.decomposition} reads no text, so a walk or a refit has nothing to see"
             )
         if (
             self.sequence_length < 2
-            or min(self.calibration_tokens, self.gradient_tokens) < 1
+            or min(self.calibration_tokens, self.gradient_tokens, self.search_tokens) < 1
             or not 0 <= self.damping < 1
             or self.refit_ridge < 0
             or self.seed < 0

@@ -20,6 +20,7 @@ from compress.plan import Plan
 from compress.sizes import Collected
 
 DENSE_STAGE = "factors"
+SEARCH_STAGE = "search"  # losses of the model with one linear compressed
 MEANS = ("mean_input", "mean_output")
 
 
@@ -81,14 +82,16 @@ def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> 
     """What the records of a stage say of every linear that can be factored."""
     losses: dict[str, tuple[float, ...]] = {}
     spectra: dict[str, tuple[float, ...]] = {}
+    sensitivity: dict[str, tuple[float, ...]] = {}
     influence: dict[int, float] = {}
     for layer in plan.structure.layers:
         told = work.get(stage, layer.index, ending="influence")
         if told:
             influence[layer.index] = float(told["influence"])
-        for ending, found in (("loss", losses), ("spectrum", spectra)):
-            record = work.get(stage, layer.index, ending=f".{ending}")
+        for ending, found in (("loss", losses), ("spectrum", spectra), ("sensitivity", sensitivity)):
+            where = SEARCH_STAGE if found is sensitivity else stage
+            record = work.get(where, layer.index, ending=f".{ending}") if work.done(where, layer.index) else {}
             for linear in layer.linears:
                 if f"{linear.local}.{ending}" in record:
                     found[linear.name] = tuple(record[f"{linear.local}.{ending}"].tolist())
-    return Collected(losses, spectra, influence, tokens)
+    return Collected(losses, spectra, sensitivity, influence, tokens)

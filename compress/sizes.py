@@ -31,15 +31,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Collected:
-    """What collecting found out: losses at every rank and singular values by linear, influence by layer; tokens seen."""
+    """What collecting found out: losses at every rank, singular values and sensitivities by linear, influence by layer.
+
+    ``tokens`` is how many the losses are means over.
+    """
 
     loss: Mapping[str, tuple[float, ...]]
     spectrum: Mapping[str, tuple[float, ...]]
+    sensitivity: Mapping[str, tuple[float, ...]]
     influence: Mapping[int, float]
     tokens: int
 
 
-NOTHING = Collected({}, {}, {}, 1)
+NOTHING = Collected({}, {}, {}, {}, 1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Storage:
             linear.role,
             collected.tokens,
             collected.influence.get(linear.layer),
+            collected.sensitivity.get(linear.name, ()),
         )
 
     def largest_rank(self, linear: Linear) -> int:

@@ -16,6 +16,7 @@ from checkpoint.forms import FORMS
 from compress.allocations import ALLOCATIONS, Curve, Unreachable
 from compress.allocations.curve import taken
 from compress.allocations.pooled import hull_steps, pooled
+from compress.allocations.sensitivity import RATIOS
 from compress.allocations.uniform import uniform
 from compress.allocations.welore import at_threshold
 from compress.sizes import Storage
@@ -30,7 +31,11 @@ def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors", layer: in
     power = power.sort(descending=True).values if seed % 2 else power
     loss = torch.cat([power.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) + 1e-3
     spectrum = torch.rand(min(d_out, d_in), generator=generator, dtype=torch.float64).sort(descending=True).values
-    return Curve(d_out * d_in * 2, sizes, tuple(loss.tolist()), tuple(spectrum.tolist()), layer, role, tokens=1000)
+    searched = tuple(
+        torch.rand(len(RATIOS), generator=generator, dtype=torch.float64).sort(descending=True).values.tolist()
+    )
+    found = Curve(d_out * d_in * 2, sizes, tuple(loss.tolist()), tuple(spectrum.tolist()), layer, role, tokens=1000)
+    return replace(found, sensitivity=searched)
 
 
 FORM = st.sampled_from(sorted(FORMS))
@@ -54,7 +59,7 @@ def test_the_budget_is_met(name, curves, ratio):
         ranks = allocation(curves, budget)
     except Unreachable as problem:
         assert problem.smallest > budget
-        if name != "block-influence":
+        if name not in ("block-influence", "sensitivity"):
             assert problem.smallest == sum(item.smallest for item in curves)
         return
     assert taken(curves, ranks) <= budget
@@ -62,7 +67,7 @@ def test_the_budget_is_met(name, curves, ratio):
         assert set(ranks) <= {0, None}
         return
     assert all(rank is None or 1 <= rank <= item.largest for item, rank in zip(curves, ranks, strict=True))
-    if name not in ("pooled", "welore"):
+    if name not in ("pooled", "welore", "sensitivity"):
         pairs = zip(curves, ranks, strict=True)
         growable = [item.sizes[rank + 1] - item.sizes[rank] for item, rank in pairs if rank and rank < item.largest]
         assert not growable or budget - taken(curves, ranks) < min(growable), "one more rank would still fit"

@@ -12,8 +12,9 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM
 
+from calibration.replay import OpenLayer, opened, streamed_logits
 from calibration.structure import discover
-from calibration.sweep import OpenLayer, Sweep, opened, streamed_logits
+from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.source import Source
 from compress import driver, pipeline

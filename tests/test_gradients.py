@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from calibration.labels import NO_LABEL, next_tokens, sample, uniforms
 from calibration.moments import Moments, module_weight
+from calibration.replay import opened
 from calibration.structure import discover
-from calibration.sweep import Sweep, opened
+from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.source import Source
 from compress.methods.two_sided import kronecker, two_sided

@@ -15,13 +15,16 @@ import run_pipeline
 from calibration.moments import Cross, GroupCollector, Moments
 from calibration.structure import discover
 from calibration.windows import make_windows
+from checkpoint.forms import stored_module
 from checkpoint.source import Source
 from checkpoint.workdir import WorkDirectory
 from compress import driver, output
+from compress.allocations.sensitivity import RATIOS, at_ratio
 from compress.methods import METHODS
 from compress.methods.channels import channel_scores, kept_channels
 from compress.plan import make_plan
 from compress.recipe import load_recipe, recipe_names
+from compress.records import DENSE_STAGE, part_of
 from compress.refit import refit
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (6, 20)]  # the last: the few key/value heads of grouped queries
@@ -288,3 +291,34 @@ def test_removed_blocks_are_those_that_turn_the_states_least(models, text, tmp_p
     with torch.no_grad():
         dense.config.num_hidden_layers = 2
         assert torch.allclose(small.eval()(ids, use_cache=False).logits, dense(ids, use_cache=False).logits, atol=1e-4)
+
+
+def test_the_search_measures_the_model_with_one_linear_compressed(models, text, tmp_path):
+    """Against the whole model with that linear replaced; then one threshold on the losses picks every ratio."""
+    source = Source(models("llama"), torch.float32)
+    recipe = load_recipe("asvd-search").override({"ratio_scope": "decoder", "sequence_length": 32, "search_tokens": 96})
+    plan = make_plan(source, discover(source), recipe, 0.7, "")
+    windows = make_windows(AutoTokenizer.from_pretrained(models("llama")), [str(text)], 256, 32, 0, zoo.VOCABULARY)
+    work = WorkDirectory(tmp_path / "work", {}, fresh=False)
+    plan, collected, _ = driver.collect(plan, windows, work)
+    linear = plan.structure.linears[8]
+    whole = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
+    for ratio, loss in list(zip(RATIOS, collected.sensitivity[linear.name], strict=True))[::2]:
+        rank = at_ratio(recipe.storage.curve(linear), ratio)
+        part = part_of(plan, work.get(DENSE_STAGE, linear.layer), linear, rank)
+        before = whole.get_submodule(linear.name)
+        whole.set_submodule(linear.name, stored_module(part, None, torch.float32))
+        with torch.no_grad():
+            expected = whole(windows.ids[:3], labels=windows.ids[:3]).loss
+        whole.set_submodule(linear.name, before)
+        assert abs(loss - float(expected)) < 1e-4
+    threshold = max(
+        collected.sensitivity[item.name][index]
+        for item in plan.structure.linears
+        for index, ratio in enumerate(RATIOS)
+        if plan.ranks[item.name] is not None and plan.ranks[item.name] == at_ratio(recipe.storage.curve(item), ratio)
+    )
+    for item in plan.structure.linears:
+        fitting = [r for r, loss in zip(RATIOS, collected.sensitivity[item.name], strict=True) if loss <= threshold]
+        assert plan.ranks[item.name] == (at_ratio(recipe.storage.curve(item), fitting[0]) if fitting else None)
+    work.close()

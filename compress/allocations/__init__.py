@@ -2,7 +2,7 @@
 
 To add one: a file beside this with a function of ``(curves, budget)`` that returns a rank per linear (None: dense), and a
 line in ``ALLOCATIONS`` saying what it reads: ``loss`` (the decomposition's curves), ``spectrum`` (the weight's singular values),
-``influence`` (of a layer on the hidden states).
+``influence`` (of a layer on the hidden states), ``sensitivity`` (of the model to the linear).
 Any allocation of ranks goes with any decomposition: ``--allocation NAME``.
 """
 
@@ -16,6 +16,7 @@ from compress.allocations.block_influence import block_influence
 from compress.allocations.curve import Curve, Ranks, Unreachable
 from compress.allocations.last_modules import last_modules
 from compress.allocations.pooled import pooled
+from compress.allocations.sensitivity import sensitivity
 from compress.allocations.truncation_loss import truncation_loss
 from compress.allocations.uniform import uniform
 from compress.allocations.welore import welore
@@ -42,5 +43,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "welore": Allocation(welore, frozenset({"spectrum"})),
     "truncation-loss": Allocation(truncation_loss, frozenset({"loss"})),
     "pooled": Allocation(pooled, frozenset({"loss"})),
+    "sensitivity": Allocation(sensitivity, frozenset({"sensitivity"})),
     "block-influence": Allocation(block_influence, frozenset({"influence"}), plans_itself=True),
 }

@@ -23,7 +23,8 @@ class Curve:
 
     ``loss[r]`` for the same ranks is the method's objective when truncated at r (dense costs nothing), per token, over
     ``tokens`` tokens; ``spectrum`` is the weight's own singular values, all of them, largest first. Either is empty
-    where it is not known: an allocation says what it reads. ``influence`` is the layer's. ``layer`` and ``role``
+    where it is not known: an allocation says what it reads. ``influence`` is the layer's; ``sensitivity`` the
+    model's loss with this linear alone compressed, at each of a list of ratios. ``layer`` and ``role``
     (calibration/roles.py) say where it is.
     """
 
@@ -35,6 +36,7 @@ class Curve:
     role: str = ""
     tokens: int = 1
     influence: float | None = None
+    sensitivity: tuple[float, ...] = ()
 
     @property
     def largest(self) -> int:
