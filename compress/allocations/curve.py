@@ -70,6 +70,19 @@ def start(curves: Sequence[Curve], budget: int) -> Ranks:
     return [1 if curve.largest >= 1 else None for curve in curves]
 
 
+def grow_towards(curves: Sequence[Curve], budget: int, ranks: Ranks, wanted: Ranks) -> Ranks:
+    """Widen linears towards another choice, in order, by as many ranks as the budget still has."""
+    grown = list(ranks)
+    left = budget - taken(curves, ranks)
+    for index, (curve, rank, goal) in enumerate(zip(curves, ranks, wanted, strict=True)):
+        if rank is not None and goal != rank:
+            limit = curve.largest if goal is None else goal
+            reached = max(min(curve.rank_within(curve.nbytes(rank) + left), limit), rank)
+            left -= curve.nbytes(reached) - curve.nbytes(rank)
+            grown[index] = reached
+    return grown
+
+
 def spread(curves: Sequence[Curve], budget: int, shares: Sequence[float]) -> Ranks:
     """Ranks that take each linear's share of bytes (dense where the share allows it), the remainder one rank at a time.
 

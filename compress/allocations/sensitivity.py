@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.allocations.curve import Curve, Ranks, Unreachable, taken
+from compress.allocations.curve import Curve, Ranks, Unreachable, grow_towards, taken
 
 RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -21,9 +21,9 @@ def at_ratio(curve: Curve, ratio: float) -> int | None:
 
 
 def sensitivity(curves: Sequence[Curve], budget: int) -> Ranks:
-    """The lowest threshold that fits. Raises Unreachable; ValueError where a curve has no sensitivities.
+    """The lowest threshold that fits, then as many ranks of the next lower one as fit.
 
-    No linear goes below the lowest of ``RATIOS``, so that is the smallest budget.
+    Raises Unreachable; ValueError where a curve has no sensitivities. No linear goes below the lowest of ``RATIOS``, so that is the smallest budget.
     """
     if any(len(curve.sensitivity) != len(RATIOS) for curve in curves if curve.largest >= 1):
         raise ValueError("the sensitivity of every linear at every ratio is needed")
@@ -48,4 +48,7 @@ def sensitivity(curves: Sequence[Curve], budget: int) -> Ranks:
             high = middle
         else:
             low = middle + 1
-    return at_threshold(thresholds[high])
+    # the remainder goes to what the next lower threshold would widen
+    ranks = at_threshold(thresholds[high])
+    wider: Ranks = at_threshold(thresholds[high - 1]) if high > 0 else [None] * len(curves)
+    return grow_towards(curves, budget, ranks, wider)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from compress.allocations.curve import Curve, Ranks, start, taken
+from compress.allocations.curve import Curve, Ranks, grow_towards, start, taken
 
 
 def normalised(spectrum: Sequence[float]) -> list[float]:
@@ -29,7 +29,7 @@ def at_threshold(curve: Curve, threshold: float) -> int | None:
 
 
 def welore(curves: Sequence[Curve], budget: int) -> Ranks:
-    """The lowest threshold that fits, then ranks in the order of their normalised singular values while they fit.
+    """The lowest threshold that fits, then as many ranks of the next lower one as fit.
 
     Raises Unreachable; ValueError where a curve has no spectrum.
     """
@@ -46,13 +46,7 @@ def welore(curves: Sequence[Curve], budget: int) -> Ranks:
         else:
             low = middle + 1
     ranks = [at_threshold(curve, thresholds[high]) for curve in curves]
-    left = budget - taken(curves, ranks)
-    if high > 0:
-        # what the next lower threshold would add does not fit as a whole: give what fits, largest first
-        wanted = [at_threshold(curve, thresholds[high - 1]) for curve in curves]
-        for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
-            if rank is not None and wanted[index] != rank:
-                reached = max(min(curve.rank_within(curve.nbytes(rank) + left), wanted[index] or curve.largest), rank)
-                left -= curve.nbytes(reached) - curve.nbytes(rank)
-                ranks[index] = reached
-    return ranks
+    if high == 0:
+        return ranks
+    # what the next lower threshold would add does not fit as a whole: give what fits
+    return grow_towards(curves, budget, ranks, [at_threshold(curve, thresholds[high - 1]) for curve in curves])
