@@ -23,7 +23,8 @@ def at_ratio(curve: Curve, ratio: float) -> int | None:
 def sensitivity(curves: Sequence[Curve], budget: int) -> Ranks:
     """The lowest threshold that fits, then as many ranks of the next lower one as fit.
 
-    Raises Unreachable; ValueError where a curve has no sensitivities. No linear goes below the lowest of ``RATIOS``, so that is the smallest budget.
+    Raises Unreachable; ValueError where a curve has no sensitivities. No linear goes below the lowest of ``RATIOS``, so
+    that is the smallest budget.
     """
     if any(len(curve.sensitivity) != len(RATIOS) for curve in curves if curve.largest >= 1):
         raise ValueError("the sensitivity of every linear at every ratio is needed")
