@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--calibration",
         metavar="PATH|DATASET",
-        help="text file, .jsonl, .parquet, NAME:CONFIG:SPLIT, or offline; several by comma",
+        help="text file, .jsonl, .parquet, NAME:CONFIG:SPLIT, offline or offline-tasks; several by comma",
     )
     text.add_argument("--calibration-tokens", type=int, metavar="N", help="how many tokens (65536)")
     text.add_argument("--sequence-length", type=int, metavar="L", help="tokens per window (512)")

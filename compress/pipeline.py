@@ -36,6 +36,8 @@ from eval.compare import COMPARISON, write_comparison
 from eval.report import REPORT, add_evaluation, write_report
 
 OFFLINE = "offline"
+# calibration texts that come as a package: what eval.offline makes, and the file in it
+OFFLINE_TEXTS = {OFFLINE: ("texts", "boolq-train.txt"), "offline-tasks": ("task-texts", "tasks-train.txt")}
 CHECK_TOKENS = 16
 CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
 # fields of the recipe that change the recorded factors; the others change what is cut from them
@@ -152,7 +154,7 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
         return None
     from transformers import AutoTokenizer
 
-    texts = [_offline_text() if name == OFFLINE else name for name in recipe.calibration_texts]
+    texts = [_offline_text(name) if name in OFFLINE_TEXTS else name for name in recipe.calibration_texts]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory)
     except (ValueError, OSError, KeyError, TypeError) as problem:
@@ -168,10 +170,11 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
     return make_windows(tokenizer, texts, recipe.calibration_tokens, recipe.sequence_length, recipe.seed, vocabulary)
 
 
-def _offline_text() -> str:
+def _offline_text(name: str) -> str:
     from eval.offline import ensure
 
-    return str(ensure("texts") / "boolq-train.txt")
+    kind, file = OFFLINE_TEXTS[name]
+    return str(ensure(kind) / file)  # type: ignore[arg-type]
 
 
 def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, weights: str) -> dict[str, Any]:

