@@ -98,6 +98,15 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
             total.addmm_(wide.T, wide)
 
 
+def _pull_into(total: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Add to ``total`` what the linear of these arguments sends backward, ``W^T g``: autograd computes it anyway."""
+    if not args[0].requires_grad:
+        return None
+    own = args[0].view_as(args[0])  # linears that share an input each get a gradient of their own
+    own.register_hook(lambda pulled: add_gram(total, pulled.reshape(-1, pulled.shape[-1])))
+    return (own, *args[1:])
+
+
 # sums over tokens of a function of each input channel, by the name of the moment
 CHANNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean_absolute": torch.abs,
@@ -172,21 +181,26 @@ class GroupCollector:
             )
         for name in self._watched:
             handles.append(
-                modules[name].register_forward_hook(
-                    lambda module, args, y, name=name: self._watch(name, module, args[0], y)
-                )
+                modules[name].register_forward_hook(lambda _, args, y, name=name: self._watch(name, args[0], y))
             )
+        for name, total in self._gradients.items():
+            if self._sizes[name][0] > self._sizes[name][1]:
+                handles.append(
+                    modules[name].register_forward_pre_hook(lambda _, args, total=total: _pull_into(total, args))
+                )
         return handles
 
-    def _watch(self, name: str, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-        if y.requires_grad:
+    def _watch(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not y.requires_grad:
+            return
+        y.register_hook(lambda gradient: self.see_gradient(name, gradient))
+        if name == self._first:  # keep what the gradients of the group will be paired with
             rows = x.detach().reshape(-1, x.shape[-1])
-            if self._row_fisher and name == self._first:
+            if self._row_fisher:
                 self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
-            if self._per_batch and name == self._first:
+            if self._per_batch:
                 self._picked = self._pick(rows.shape[0])
                 self._input_samples.add(rows[self._picked])
-            y.register_hook(lambda g: self.see_gradient(name, g, module_weight(module)))
 
     @torch.no_grad()
     def see_input(self, x: torch.Tensor) -> None:
@@ -215,16 +229,16 @@ class GroupCollector:
         return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values
 
     @torch.no_grad()
-    def see_gradient(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add a batch of output gradients ``(..., d_out)``, pulled back through ``weight`` where that is smaller."""
+    def see_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        """Add a batch of output gradients ``(..., d_out)``."""
         rows = gradient.reshape(-1, gradient.shape[-1])
         d_out, d_in = self._sizes[name]
         self._gradient_tokens[name] += rows.shape[0]
         if self._per_batch:
             self._gradient_samples[name].add(rows[self._picked])
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
-        if name in self._gradients:
-            add_gram(self._gradients[name], rows if d_out <= d_in else rows @ weight)
+        if name in self._gradients and d_out <= d_in:
+            add_gram(self._gradients[name], rows)
         if name in self._row_fisher:
             self._row_fisher[name] += self._lengths @ rows.float().square()
 
