@@ -12,6 +12,7 @@ import torch
 from calibration.labels import LOGIT_BYTES
 from calibration.moments import has_bfloat16_products
 from calibration.structure import Layer, Structure, discover
+from calibration.sweep import SAMPLES
 from checkpoint.errors import UserError
 from checkpoint.source import Source, read_config
 from checkpoint.workdir import free_bytes
@@ -175,6 +176,15 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
     )
     largest = max(layer.linears, key=lambda linear: linear.d_in * linear.d_out)
     solving = 8 * (3 * largest.d_in * largest.d_out + 5 * min(largest.d_in, largest.d_out) ** 2)
+    if METHODS[recipe.decomposition].backward:
+        moments += 4 * sum(min(linear.d_in, linear.d_out) ** 2 for linear in layer.linears)
+        inputs = sum(group.linears[0].d_in for group in layer.groups)
+        outputs = sum(linear.d_out for linear in layer.linears)
+        kept = min(SAMPLES, tokens)
+        moments += kept * (inputs + outputs) * source.compute_dtype.itemsize
+        # both factors in float64 and float32, and the kept tokens along every direction
+        solving += 24 * largest.d_in * largest.d_out
+        solving += 4 * kept * (largest.d_in + largest.d_out + 3 * min(largest.d_in, largest.d_out))
     return weights + max(activations, solving) + (moments if tokens else 0)
 
 
