@@ -21,10 +21,10 @@ from calibration.structure import Group, Linear
 from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.errors import UserError
-from checkpoint.forms import Part, multiplied_out, stored_module
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
+from compress.install import install
 from compress.methods import METHODS
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
@@ -33,6 +33,7 @@ from compress.plan import Plan
 from compress.progress import Stage
 from compress.records import DENSE_STAGE, from_record, part_of, read_collected, stage_name, to_record
 from compress.refit import refit
+from compress.search import search
 from compress.sizes import Collected
 from compress.truncation import NotFinite
 
@@ -52,8 +53,6 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
         through = _backward if method.backward else _influence if "influence" in method.needs else _forward
         stages += through(plan, windows, work)
         if "sensitivity" in ALLOCATIONS[plan.recipe.allocation].reads:
-            from compress.search import search  # it builds on this module
-
             assert windows is not None
             stages.append(search(plan, windows, work))
         if reads:
@@ -308,16 +307,3 @@ def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moment
         return run(weight, moments, rank, plan.recipe.damping)
     except (NotFinite, torch.linalg.LinAlgError) as problem:
         raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem
-
-
-def module_for(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> torch.nn.Module:
-    """A compressed part as the checkpoint will hold it."""
-    original = open_layer.linear(linear.local)
-    bias: torch.Tensor | None = original.bias if linear.has_bias else None  # type: ignore[assignment]
-    make = multiplied_out if plan.recipe.export == "dense" else stored_module
-    return make(part, bias, plan.source.compute_dtype)
-
-
-def install(plan: Plan, open_layer: OpenLayer, linear: Linear, part: Part) -> None:
-    """Put a compressed part in the place of its linear."""
-    open_layer.install(linear.local, module_for(plan, open_layer, linear, part))

@@ -12,7 +12,7 @@ from calibration.structure import Linear
 from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
-from compress.driver import install
+from compress.install import install
 from compress.methods import METHODS, NATS
 from compress.plan import Plan
 from compress.progress import Stage

@@ -16,7 +16,7 @@ from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.workdir import WorkDirectory
 from compress.allocations.sensitivity import RATIOS, at_ratio
-from compress.driver import module_for
+from compress.install import module_for
 from compress.plan import Plan
 from compress.progress import Stage
 from compress.records import DENSE_STAGE, SEARCH_STAGE, part_of

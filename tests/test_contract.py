@@ -18,6 +18,7 @@ from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.source import Source
 from compress import driver, pipeline
+from compress.install import install
 from compress.parts import LowRank
 from compress.plan import make_plan
 from compress.recipe import load_recipe
@@ -81,7 +82,7 @@ def test_full_rank_reproduces_the_logits(models, name, recipe_name, tmp_path):
 
     def prepare(open_layer: OpenLayer) -> None:
         for linear in open_layer.layer.linears:
-            driver.install(plan, open_layer, linear, parts[linear.name])
+            install(plan, open_layer, linear, parts[linear.name])
 
     whole = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32).eval()
     with torch.no_grad():
