@@ -79,12 +79,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def list_recipes() -> None:
-    """One line a recipe."""
+    """What each recipe is, and whose."""
     from compress.recipe import load_recipe, recipe_names
 
     for name in recipe_names():
         recipe = load_recipe(name)
-        print(f"{recipe.name:<12} {recipe.summary} ({recipe.paper})")
+        print(f"{recipe.name:<15} {recipe.summary}\n{'':<15} {recipe.paper}")
 
 
 def run(options: argparse.Namespace, command: str) -> None:

@@ -143,6 +143,9 @@ def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes
     backward = METHODS[recipe.decomposition].backward
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
     hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
+    if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
+        variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
+        hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
     # the records hold both factors of every rank that the form can store
     factors = sum(
         recipe.storage.largest_rank(linear) * (linear.d_out + linear.d_in) * linear.dtype.itemsize
