@@ -22,7 +22,7 @@ from checkpoint.files import fsync_directory, write_json, write_text
 from checkpoint.forms import FORMS, Part
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
-from checkpoint.stock import PRUNED_SHAPES, Renumbering, pruned_config
+from checkpoint.stock import Renumbering, pruned_config
 
 SHARD_BYTES = 5_000_000_000
 PLAIN = ""  # the role of a parameter that is stored as it is
@@ -243,8 +243,9 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
         if item.key in by_key:
             left = by_key[item.key]
             d_out, d_in = reversed(shape) if left.transposed else shape
-            if left.form in PRUNED_SHAPES:
-                d_out, d_in = PRUNED_SHAPES[left.form](d_out, d_in, left.rank)
+            stored_as = FORMS[left.form].stored(left.rank, d_out, d_in)
+            if "weight" in stored_as:  # channels are gone; a product is multiplied out
+                _, (d_out, d_in) = stored_as["weight"]
             shape = (d_in, d_out) if left.transposed else (d_out, d_in)
         elif item.key in biases:
             shape = (biases[item.key].bias or 0,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.source import Source
@@ -38,13 +38,6 @@ class Renumbering:
             if isinstance(value, list) and len(value) == depth:
                 config[name] = [item for index, item in enumerate(value) if index not in self._gone]
         return config
-
-
-# (d_out, d_in, kept) -> the shape that is left
-PRUNED_SHAPES: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
-    "output-channels": lambda d_out, d_in, kept: (kept, d_in),
-    "input-channels": lambda d_out, d_in, kept: (d_out, kept),
-}
 
 
 def pruned_config(source: Source, widths: set[int]) -> dict[str, Any] | None:

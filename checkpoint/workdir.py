@@ -64,6 +64,10 @@ class WorkDirectory:
         """Whether the record is there, whole."""
         return self._file(stage, index).exists()
 
+    def leading(self, stage: str, count: int) -> int:
+        """How many of the records 0 ... ``count`` - 1 are there before the first that is missing."""
+        return next((index for index in range(count) if not self.done(stage, index)), count)
+
     def put(self, stage: str, index: int, tensors: dict[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
         """Store a record durably; ``notes`` is anything JSON can hold."""
         path = self._file(stage, index)
@@ -74,7 +78,7 @@ class WorkDirectory:
         )
         publish(temporary, path)
 
-    def get(self, stage: str, index: int, ending: str = "") -> dict[str, torch.Tensor]:
+    def get(self, stage: str, index: int, ending: str | tuple[str, ...] = "") -> dict[str, torch.Tensor]:
         """The tensors of a record whose names end so; raises UserError if it was damaged."""
         path = self._file(stage, index)
         try:

@@ -55,11 +55,13 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
         if "sensitivity" in ALLOCATIONS[plan.recipe.allocation].reads:
             assert windows is not None
             stages.append(search(plan, windows, work))
+        collected = read_collected(plan, work, DENSE_STAGE, tokens)
         if reads:
-            plan = plan.with_ranks(read_collected(plan, work, DENSE_STAGE, tokens))
+            plan = plan.with_ranks(collected)
     if plan.recipe.walks:
         stages.append(_walk(plan, windows, work))
-    return plan, read_collected(plan, work, stage_name(plan), tokens), stages
+        collected = read_collected(plan, work, stage_name(plan), tokens)
+    return plan, collected, stages
 
 
 def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
@@ -69,7 +71,7 @@ def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Swee
 def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
     """Decompose every linear at all ranks, from the statistics of the dense model's inputs (or without any text)."""
     layers = plan.structure.layers
-    done = next((index for index in range(len(layers)) if not work.done(DENSE_STAGE, index)), len(layers))
+    done = work.leading(DENSE_STAGE, len(layers))
     sweep = _sweep(plan, windows, work, DENSE_STAGE) if windows else None
     with Stage("decomposing", len(layers)) as stage:
         stage.step(done)
@@ -95,7 +97,7 @@ def _influence(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list
     """How much every layer turns the hidden states; nothing is decomposed."""
     assert windows is not None
     layers = plan.structure.layers
-    done = next((index for index in range(len(layers)) if not work.done(DENSE_STAGE, index)), len(layers))
+    done = work.leading(DENSE_STAGE, len(layers))
     sweep = _sweep(plan, windows, work, DENSE_STAGE)
     with Stage("block influence", len(layers)) as stage:
         stage.step(done)
@@ -149,7 +151,7 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
     """Compress group after group at the plan's ranks, each seeing what was compressed before it."""
     assert windows is not None
     layers, name = plan.structure.layers, stage_name(plan)
-    done = next((index for index in range(len(layers)) if not work.done(name, index)), len(layers))
+    done = work.leading(name, len(layers))
     sweep = _sweep(plan, windows, work, name)
     dense = _sweep(plan, windows, work, f"dense-{name}") if plan.recipe.refit == "anchored" else None
     sweeps = [item for item in (sweep, dense) if item]
@@ -193,17 +195,19 @@ def _walk_groups(
     if not linears:
         return {}
     moments: Mapping[str, Moments] = {}
+    kept: torch.Tensor | None = None
     if ready is None:
         pruning = any(recipe.storage.form_of(linear) not in PART_FORMS for linear in linears)
         needs = METHODS[recipe.decomposition].needs | ({"mean_square"} if pruning else set())
         moments = sweeps[0].collect(open_layer, groups, needs, advance=False)
         release_memory()
+        kept = _kept_channels(plan, open_layer, moments) if pruning else None
     found: dict[str, Factors | Channels] = {}
     for linear in linears:
         rank = plan.ranks[linear.name] or 0
         started = time.monotonic()
-        if recipe.storage.form_of(linear) not in PART_FORMS:
-            found[linear.local] = _pruned(plan, open_layer, linear, moments, found)
+        if kept is not None and recipe.storage.form_of(linear) not in PART_FORMS:
+            found[linear.local] = _pruned(plan, open_layer, linear, kept)
         elif ready is None:
             found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], rank)
         else:
@@ -244,33 +248,26 @@ def _refit_group(
             found[local] = replace(item, weight=refit(item.weight, cross, plan.recipe.refit_ridge))
 
 
-def _pruned(
-    plan: Plan,
-    open_layer: OpenLayer,
-    linear: Linear,
-    moments: Mapping[str, Moments],
-    found: Mapping[str, Factors | Channels],
-) -> Channels:
-    """What is left of a linear of the feed-forward network; all its linears keep the same channels."""
-    layer = open_layer.layer
-    producers = [item for item in layer.linears if item.role in PRODUCERS]
-    (down,) = (item for item in layer.linears if item.role == CONSUMER)
-    keep = plan.ranks[down.name] or 0
-    known = next((item for item in found.values() if isinstance(item, Channels)), None)
-    if known is not None:
-        kept = known.kept[:keep]  # a fused gate and up keeps the same channels twice
-    else:
-        weights = [module_weight(open_layer.linear(item.local)) for item in producers]
-        split = [part for weight in weights for part in weight.split(down.d_in)]
-        powers = [moments[item.local].mean_square for item in (producers[0], down)]
-        assert powers[0] is not None and powers[1] is not None
-        scores = channel_scores(split, module_weight(open_layer.linear(down.local)), powers[0], powers[1])
-        kept = kept_channels(scores, keep)
+def _kept_channels(plan: Plan, open_layer: OpenLayer, moments: Mapping[str, Moments]) -> torch.Tensor:
+    """The channels that stay in a layer's feed-forward network."""
+    producers = [item for item in open_layer.layer.linears if item.role in PRODUCERS]
+    (down,) = (item for item in open_layer.layer.linears if item.role == CONSUMER)
+    weights = [module_weight(open_layer.linear(item.local)) for item in producers]
+    split = [part for weight in weights for part in weight.split(down.d_in)]  # a fused gate and up is two
+    powers = [moments[item.local].mean_square for item in (producers[0], down)]
+    assert powers[0] is not None and powers[1] is not None
+    scores = channel_scores(split, module_weight(open_layer.linear(down.local)), powers[0], powers[1])
+    return kept_channels(scores, plan.ranks[down.name] or 0)
+
+
+def _pruned(plan: Plan, open_layer: OpenLayer, linear: Linear, kept: torch.Tensor) -> Channels:
+    """What is left of a linear of the feed-forward network whose channels ``kept`` stay."""
     weight = module_weight(open_layer.linear(linear.local))
     shape, form = (linear.d_out, linear.d_in), plan.recipe.storage.form_of(linear)
-    if linear is down:
+    if linear.role == CONSUMER:
         return Channels(weight[:, kept], kept, shape, form)
-    rows = torch.cat([kept + first for first in range(0, linear.d_out, down.d_in)])
+    (channels,) = (item.d_in for item in open_layer.layer.linears if item.role == CONSUMER)
+    rows = torch.cat([kept + first for first in range(0, linear.d_out, channels)])
     return Channels(weight[rows], rows, shape, form)
 
 

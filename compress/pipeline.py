@@ -28,6 +28,7 @@ from checkpoint.workdir import WorkDirectory
 from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
+from compress.allocations.welore import normalised
 from compress.methods import METHODS
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
@@ -259,7 +260,9 @@ def produce(
         },
     )
     if collected.spectrum:
-        write_spectra(partial / "spectra.png", plan, collected.spectrum)
+        write_spectra(
+            partial / "spectra.png", plan, {name: normalised(item) for name, item in collected.spectrum.items()}
+        )
     publish_directory(partial, output)
     say(f"written: {output} ({plan.sizes.bytes_after / 1e6:.1f} MB of {plan.sizes.bytes_before / 1e6:.1f} MB)")
 

@@ -84,14 +84,15 @@ def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> 
     spectra: dict[str, tuple[float, ...]] = {}
     sensitivity: dict[str, tuple[float, ...]] = {}
     influence: dict[int, float] = {}
+    found = {"loss": losses, "spectrum": spectra, "sensitivity": sensitivity}
     for layer in plan.structure.layers:
-        told = work.get(stage, layer.index, ending="influence")
-        if told:
-            influence[layer.index] = float(told["influence"])
-        for ending, found in (("loss", losses), ("spectrum", spectra), ("sensitivity", sensitivity)):
-            where = SEARCH_STAGE if found is sensitivity else stage
-            record = work.get(where, layer.index, ending=f".{ending}") if work.done(where, layer.index) else {}
-            for linear in layer.linears:
+        record = work.get(stage, layer.index, ending=(".loss", ".spectrum", "influence"))
+        if work.done(SEARCH_STAGE, layer.index):
+            record |= work.get(SEARCH_STAGE, layer.index)
+        if "influence" in record:
+            influence[layer.index] = float(record["influence"])
+        for linear in layer.linears:
+            for ending, values in found.items():
                 if f"{linear.local}.{ending}" in record:
-                    found[linear.name] = tuple(record[f"{linear.local}.{ending}"].tolist())
+                    values[linear.name] = tuple(record[f"{linear.local}.{ending}"].tolist())
     return Collected(losses, spectra, sensitivity, influence, tokens)

@@ -28,7 +28,7 @@ def search(plan: Plan, windows: Windows, work: WorkDirectory) -> Stage:
     count = max(1, recipe.search_tokens // recipe.sequence_length)
     few = Windows(windows.ids[:count], windows.provenance)
     base = Sweep(plan.source, plan.structure, few, work.path / "hidden-search", recipe.micro_batch)
-    done = next((index for index in range(len(layers)) if not work.done(SEARCH_STAGE, index)), len(layers))
+    done = work.leading(SEARCH_STAGE, len(layers))
     with Stage("searching", len(layers)) as stage:
         stage.step(done)
         if done < len(layers):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Linear
@@ -92,15 +93,10 @@ class Storage:
 
     def curve(self, linear: Linear, collected: Collected = NOTHING) -> Curve:
         """The linear as the allocation sees it."""
-        sizes = [0]
-        for rank in range(1, min(linear.d_out, linear.d_in)):
-            size = self.nbytes(linear, rank)
-            if size >= linear.nbytes:
-                break
-            sizes.append(size)
+        sizes = _rank_sizes(self, replace(linear, name="", local="", layer=0))
         return Curve(
             linear.nbytes,
-            tuple(sizes),
+            sizes,
             collected.loss.get(linear.name, ())[: len(sizes)],
             collected.spectrum.get(linear.name, ()),
             linear.layer,
@@ -113,6 +109,18 @@ class Storage:
     def largest_rank(self, linear: Linear) -> int:
         """The largest rank that is stored in fewer bytes than the dense weight (0: none is)."""
         return self.curve(linear).largest
+
+
+@cache
+def _rank_sizes(storage: Storage, shape: Linear) -> tuple[int, ...]:
+    """Bytes at rank 0, 1, ... up to the largest that saves; once for all linears of a shape, of which a model has few."""
+    sizes = [0]
+    for rank in range(1, min(shape.d_out, shape.d_in)):
+        size = storage.nbytes(shape, rank)
+        if size >= shape.nbytes:
+            break
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def budget_for(linears: Sequence[Linear], model_bytes: int, ratio: float, scope: str) -> int:

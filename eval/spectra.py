@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def write_spectra(path: Path, plan: Any, spectra: Mapping[str, tuple[float, ...]]) -> None:
-    """One panel a role, one line a layer (dark to light with depth); a dot where it is cut, none where it stays dense."""
+def write_spectra(path: Path, plan: Any, spectra: Mapping[str, Sequence[float]]) -> None:
+    """``spectra`` are normalised. One panel a role, one line a layer (dark to light with depth).
+
+    A dot where it is cut, none where it stays dense.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,14 +27,12 @@ def write_spectra(path: Path, plan: Any, spectra: Mapping[str, tuple[float, ...]
         for linear in linears:
             if linear.role != role:
                 continue
-            values = spectra[linear.name]
-            low, high = values[-1], values[0]
-            normal = [(value - low) / (high - low) if high > low else 1.0 for value in values]
-            shares = [index / len(values) for index in range(len(values))]
+            normal = spectra[linear.name]
+            shares = [index / len(normal) for index in range(len(normal))]
             colour = plt.get_cmap("viridis")(linear.layer / depth)
             axes.plot(shares, normal, color=colour, linewidth=0.8)
             rank = plan.ranks[linear.name]
-            if rank is not None and rank < len(values):
+            if rank is not None and rank < len(normal):
                 axes.plot(shares[rank], normal[rank], "o", color=colour, markersize=3)
         axes.set(title=role, xlabel="share of the ranks")
         axes.grid(alpha=0.3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Ranks = list[int | None]
@@ -81,6 +81,24 @@ def grow_towards(curves: Sequence[Curve], budget: int, ranks: Ranks, wanted: Ran
             left -= curve.nbytes(reached) - curve.nbytes(rank)
             grown[index] = reached
     return grown
+
+
+def lowest_threshold(
+    curves: Sequence[Curve], budget: int, thresholds: Sequence[float], choose: Callable[[float], Ranks]
+) -> Ranks:
+    """The choice at the lowest of the rising thresholds that fits, then as many ranks of the next lower one as fit.
+
+    Bytes must never grow with the threshold; the highest must fit; below the lowest everything is dense.
+    """
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if taken(curves, choose(thresholds[middle])) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    wider: Ranks = choose(thresholds[high - 1]) if high > 0 else [None] * len(curves)
+    return grow_towards(curves, budget, choose(thresholds[high]), wider)
 
 
 def spread(curves: Sequence[Curve], budget: int, shares: Sequence[float]) -> Ranks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.allocations.curve import Curve, Ranks, Unreachable, grow_towards, taken
+from compress.allocations.curve import Curve, Ranks, Unreachable, lowest_threshold, taken
 
 RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -42,14 +42,4 @@ def sensitivity(curves: Sequence[Curve], budget: int) -> Ranks:
     smallest = taken(curves, at_threshold(thresholds[-1])) if thresholds else taken(curves, [None] * len(curves))
     if smallest > budget:
         raise Unreachable(smallest)
-    low, high = 0, len(thresholds) - 1  # bytes never grow with the threshold
-    while low < high:
-        middle = (low + high) // 2
-        if taken(curves, at_threshold(thresholds[middle])) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    # the remainder goes to what the next lower threshold would widen
-    ranks = at_threshold(thresholds[high])
-    wider: Ranks = at_threshold(thresholds[high - 1]) if high > 0 else [None] * len(curves)
-    return grow_towards(curves, budget, ranks, wider)
+    return lowest_threshold(curves, budget, thresholds, at_threshold)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from compress.allocations.curve import Curve, Ranks, grow_towards, start, taken
+from compress.allocations.curve import Curve, Ranks, lowest_threshold, start
 
 
 def normalised(spectrum: Sequence[float]) -> list[float]:
@@ -37,16 +37,6 @@ def welore(curves: Sequence[Curve], budget: int) -> Ranks:
     if any(not curve.spectrum for curve in curves):
         raise ValueError("singular values of every weight are needed")
     thresholds = sorted({value for curve in curves for value in normalised(curve.spectrum)}) + [2.0]
-    # bytes never grow with the threshold
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if taken(curves, [at_threshold(curve, thresholds[middle]) for curve in curves]) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    ranks = [at_threshold(curve, thresholds[high]) for curve in curves]
-    if high == 0:
-        return ranks
-    # what the next lower threshold would add does not fit as a whole: give what fits
-    return grow_towards(curves, budget, ranks, [at_threshold(curve, thresholds[high - 1]) for curve in curves])
+    return lowest_threshold(
+        curves, budget, thresholds, lambda threshold: [at_threshold(curve, threshold) for curve in curves]
+    )
