@@ -14,18 +14,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tables import accuracies, line  # noqa: E402
+
+from eval.task_files import TASKS  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "loss-aware"
-TASKS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "boolq")
-
-
-def line(cells: list[str]) -> None:
-    """A row of a Markdown table."""
-    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -113,7 +110,7 @@ def main() -> None:
     print(f"{options.windows} windows of 1024 a text, {compressed.dtype}, seed 0\n", flush=True)
 
     if options.tasks:
-        settings = EvaluationSettings(texts=(), tasks=TASKS, limit=200)
+        settings = EvaluationSettings(texts=(), tasks=tuple(TASKS), limit=200)
         for recipe in options.recipes:
             dense, compressed = compare(
                 RESULTS / Path(recipe).stem / "ratio-0.80", model, settings, trust_remote_code=True
@@ -121,8 +118,8 @@ def main() -> None:
             if recipe == options.recipes[0]:
                 line(["method at 0.8, acc", *TASKS, "mean"])
                 line(["---"] * (len(TASKS) + 2))
-                line(["dense", *accuracies(dense)])
-            line([recipe, *accuracies(compressed)])
+                line(["dense", *accuracies(dense, 3)])
+            line([recipe, *accuracies(compressed, 3)])
 
 
 def plot(measured: list[tuple[str, float, float | None, list[float], list[float]]], texts: list[str]) -> None:
@@ -150,12 +147,6 @@ def plot(measured: list[tuple[str, float, float | None, list[float], list[float]
     figure.tight_layout()
     figure.savefig(RESULTS / "loss-aware.png", dpi=110)
     print(f"\nplot: {RESULTS / 'loss-aware.png'}")
-
-
-def accuracies(evaluation: Any) -> list[str]:
-    """Accuracy of every task, and their mean."""
-    values = [task.metrics["acc"].value for task in evaluation.tasks]
-    return [f"{value:.3f}" for value in (*values, sum(values) / len(values))]
 
 
 if __name__ == "__main__":

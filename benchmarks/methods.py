@@ -20,8 +20,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tables import accuracies, line  # noqa: E402
+
+from eval.task_files import TASKS  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "methods"
-TASKS = ("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande", "boolq")
 MAIN = ("loss-aware", "svd-llm", "llm-rom", "lorap", "welore", "asvd")
 ORDER = (
     "svd",
@@ -37,11 +40,6 @@ ORDER = (
     "lorap-repair",
 )
 HEADER = ("recipe", "decoder ratio", *("ppl", "excess") * 2, *TASKS, "mean acc", "seconds", "peak MB")
-
-
-def line(cells: Any) -> None:
-    """A row of a Markdown table."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def compress(options: argparse.Namespace, model: Path, recipe: str, ratio: str) -> dict[str, Any]:
@@ -82,7 +80,9 @@ def main() -> None:
     model = offline_model() if options.model == "offline" else Path(options.model)
     known = [name for name in ORDER if name in recipe_names()] + [name for name in recipe_names() if name not in ORDER]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    settings = EvaluationSettings(texts=(options.text, "boolq-validation"), max_windows=24, tasks=TASKS, limit=50)
+    settings = EvaluationSettings(
+        texts=(options.text, "boolq-validation"), max_windows=24, tasks=tuple(TASKS), limit=50
+    )
     points: list[tuple[str, float, float]] = []
     line(HEADER)
     line(["---"] * len(HEADER))
@@ -100,7 +100,7 @@ def main() -> None:
                         "dense",
                         1,
                         *(cell for item in dense.perplexities for cell in (f"{item.perplexity:.2f}", 0)),
-                        *accuracies(dense),
+                        *accuracies(dense, 2),
                         "",
                         "",
                     ]
@@ -111,14 +111,8 @@ def main() -> None:
             achieved = report["sizes"]["achieved_ratio"]
             points.append((recipe, achieved, after.divergences[0].excess_nats_per_token))
             peak = report["run"]["peak_memory_bytes"] / 1e6
-            line([recipe, f"{achieved:.4f}", *cells, *accuracies(after), f"{report['seconds']:.0f}", f"{peak:.0f}"])
+            line([recipe, f"{achieved:.4f}", *cells, *accuracies(after, 2), f"{report['seconds']:.0f}", f"{peak:.0f}"])
     plot(points)
-
-
-def accuracies(evaluation: Any) -> list[str]:
-    """Accuracy of every task, and their mean."""
-    values = [task.metrics["acc"].value for task in evaluation.tasks]
-    return [f"{value:.2f}" for value in values] + [f"{sum(values) / len(values):.3f}"]
 
 
 def plot(points: list[tuple[str, float, float]]) -> None:
