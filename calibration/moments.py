@@ -29,6 +29,8 @@ class Moments:
 
     Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
     ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
+    ``weighted`` ``(d_in, d_in)`` or None: ``E[|g|^2 x x^T] / E[|g|^2]``, the input's moment with each token counted by what the
+    loss makes of it;
     ``row_fisher`` ``(d_out,)`` or None: ``E[g_i^2 |x|^2]``, the Fisher information of row i summed over its weights;
     ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly.
     """
@@ -44,6 +46,7 @@ class Moments:
     gradient_power: float = 0.0
     gradient: torch.Tensor | None = None
     pulled: torch.Tensor | None = None
+    weighted: torch.Tensor | None = None
     row_fisher: torch.Tensor | None = None
     input_samples: torch.Tensor | None = None
     gradient_samples: torch.Tensor | None = None
@@ -137,8 +140,9 @@ class Rows:
 class GroupCollector:
     """Sums the moments of one group of linears that share an input, through forward hooks.
 
-    ``needs`` names what the method uses: ``second``, ``mean_absolute``, ``mean``, ``mean_square``, and of the ``batches`` that
-    are run under autograd ``gradient``, ``row_fisher`` and ``samples``, which keeps about ``samples`` tokens in all.
+    ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
+    ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient``, ``weighted``, ``row_fisher`` and
+    ``samples``, which keeps about ``samples`` tokens in all.
     """
 
     def __init__(
@@ -151,13 +155,16 @@ class GroupCollector:
         self._tokens = 0
         self._power = 0.0
         second = "second" in needs
-        self._input = torch.zeros(width, width) if second and at_input else None
-        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if second and not at_input else {}
+        self._input = torch.zeros(width, width) if (second and at_input) or "input" in needs else None
+        by_output = second and self._input is None
+        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if by_output else {}
         self._of_channels = {
             name: (function, torch.zeros(width)) for name, function in CHANNELS.items() if name in needs
         }
         self._row_fisher = {name: torch.zeros(d) for name, (d, _) in sizes.items() if "row_fisher" in needs}
         self._lengths = torch.empty(0)  # |x|^2 of the tokens of the batch that is going backward
+        self._weighted = {name: torch.zeros(width, width) for name in sizes if "weighted" in needs}
+        self._rows = torch.empty(0)  # the inputs of that batch
         self._gradients = {
             name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
         }
@@ -166,7 +173,7 @@ class GroupCollector:
         self._picked = torch.empty(0, dtype=torch.int64)
         self._input_samples = Rows(self._per_batch * batches)
         self._gradient_samples = {name: Rows(self._per_batch * batches) for name in sizes}
-        self._watched = [name for name in sizes if name in self._gradients or name in self._row_fisher]
+        self._watched = list(sizes) if needs & {"gradient", "row_fisher", "weighted"} else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
         self._gradient_power = dict.fromkeys(self._watched, 0.0)
 
@@ -198,6 +205,8 @@ class GroupCollector:
             rows = x.detach().reshape(-1, x.shape[-1])
             if self._row_fisher:
                 self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+            if self._weighted:
+                self._rows = rows
             if self._per_batch:
                 self._picked = self._pick(rows.shape[0])
                 self._input_samples.add(rows[self._picked])
@@ -241,6 +250,16 @@ class GroupCollector:
             add_gram(self._gradients[name], rows)
         if name in self._row_fisher:
             self._row_fisher[name] += self._lengths @ rows.float().square()
+        if name in self._weighted:
+            # a Gram matrix of rounded rows is as good a one; scaled in the rows' own dtype it is made as fast
+            length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+            add_gram(self._weighted[name], self._rows * length.to(rows.dtype).unsqueeze(1))
+
+    def _mean_weighted(self, name: str) -> torch.Tensor | None:
+        if name not in self._weighted:
+            return None
+        power = self._gradient_power[name] * self._sizes[name][0]
+        return self._weighted[name] / max(power, torch.finfo(torch.float32).tiny)
 
     def moments(self) -> dict[str, Moments]:
         """Per linear of the group; members share the tensors of the input side."""
@@ -269,6 +288,7 @@ class GroupCollector:
                     gradient_power=self._gradient_power[name] / seen,
                     gradient=second if d_out <= d_in else None,
                     pulled=None if d_out <= d_in else second,
+                    weighted=self._mean_weighted(name),
                     row_fisher=rows,
                     input_samples=self._input_samples.kept(),
                     gradient_samples=self._gradient_samples[name].kept(),

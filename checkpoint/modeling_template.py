@@ -1,10 +1,10 @@
-"""A model whose linear maps may be of low rank or have fewer channels; written by layerpress.
+"""A model whose linear maps may be of low rank, packed integers, or have fewer channels; written by layerpress.
 
 This one file, beside config.json, is all that transformers needs (``trust_remote_code=True``). The three base
 classes below and ``model_type`` are filled in when the checkpoint is written; everything else is generic.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,23 +12,116 @@ from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
 from transformers import LlamaModel as BaseModel
 
-FORMAT = 2
+FORMAT = 3
 
 
 class LayerpressConfig(BaseConfig):
-    """The base model's configuration plus ``layerpress``: the format, and form and rank of every linear of low rank."""
+    """The base model's configuration plus ``layerpress``: the format, and how every compressed linear is stored."""
 
     model_type = "layerpress_llama"
 
 
-class FactoredLinear(nn.Module):
-    """``y = factor_out(factor_in(x))``: ``factor_in.weight`` is ``(r, d_in)``, ``factor_out.weight`` ``(d_out, r)``."""
+def grid_shapes(d_out: int, d_in: int, grid: dict[str, Any]) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """What a packed ``(d_out, d_in)`` weight holds: name to dtype (None: the model's) and shape; packed 32 bits to a word.
 
-    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
+    Codes are packed along a row, zero points along a column, as compressed-tensors does it.
+    """
+    bits, groups = grid["bits"], d_in // grid["group_size"] if grid["group_size"] else 1
+    shapes: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
+        "weight_packed": (torch.int32, (d_out, -(-d_in * bits // 32))),
+        "weight_scale": (torch.uint8 if grid["power_of_two"] else None, (d_out, groups)),
+    }
+    if not grid["symmetric"]:
+        shapes["weight_zero_point"] = (torch.int32, (-(-d_out * bits // 32), groups))
+    return shapes
+
+
+def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, int], dim: int) -> torch.Tensor:
+    """Signed codes, int8 of ``shape``, packed along ``dim``."""
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    except ImportError as problem:
+        raise ImportError("this checkpoint holds packed integers: pip install compressed-tensors") from problem
+    if dim == 1:
+        return unpack_from_int32(packed, bits, torch.Size(shape))
+    # transposed here: a single word turned over by a view alone is more than version 0.20 can unpack
+    words = packed.T.clone(memory_format=torch.contiguous_format)
+    return unpack_from_int32(words, bits, torch.Size(shape[::-1])).T
+
+
+class PackedLinear(nn.Module):
+    """``y = W x`` with the ``(d_out, d_in)`` weight as packed integers, and perhaps a correction of low rank added to it.
+
+    A weight is ``(code - zero point) * scale``; scales that are powers of two are stored as their exponents plus 127. The
+    weight is unpacked, and the correction added, at the first forward, and kept; offloaded modules do it each time.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+
+    def __init__(
+        self, d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.grid = d_in, d_out, spec["weight"]
+        for name, (own, shape) in grid_shapes(d_out, d_in, self.grid).items():
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=own or dtype))
+        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
+        self.rank = spec.get("rank", 0)
+        if self.rank:
+            self.factor_in = linear(d_in, self.rank, spec.get("factors"), False, device, dtype)
+            self.factor_out = linear(self.rank, d_out, spec.get("factors"), False, device, dtype)
+        self._kept: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The weight ``(d_out, d_in)`` in float32, correction and all."""
+        bits, shape = self.grid["bits"], (self.out_features, self.in_features)
+        codes = unpack(self.weight_packed, bits, shape, 1).float()
+        scale = self.weight_scale
+        scale = torch.exp2(scale.float() - 127) if self.grid["power_of_two"] else scale.float()
+        grouped = codes.unflatten(1, (scale.shape[1], -1))
+        if not self.grid["symmetric"]:
+            zero = unpack(self.weight_zero_point, bits, (self.out_features, scale.shape[1]), 0)
+            grouped = grouped - zero.float().unsqueeze(2)
+        weight = (grouped * scale.unsqueeze(2)).flatten(1)
+        return weight + dense_of(self.factor_out) @ dense_of(self.factor_in) if self.rank else weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., d_in)`` to ``(..., d_out)``."""
+        weight = self._kept
+        if weight is None or weight.dtype != x.dtype or weight.device != x.device:
+            with torch.no_grad():
+                weight = self.dense().to(x.dtype)
+            if not hasattr(self, "_hf_hook"):
+                self._kept = weight
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def linear(d_in: int, d_out: int, grid: dict[str, Any] | None, bias: bool, device: Any, dtype: Any) -> nn.Module:
+    """A plain linear, or a packed one."""
+    if grid is None:
+        return nn.Linear(d_in, d_out, bias=bias, device=device, dtype=dtype)
+    return PackedLinear(d_in, d_out, {"weight": grid}, bias, device, dtype)
+
+
+def dense_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a plain or a packed linear in float32."""
+    if isinstance(module, PackedLinear):
+        return module.dense()
+    return cast(torch.Tensor, module.weight).float()
+
+
+class FactoredLinear(nn.Module):
+    """``y = factor_out(factor_in(x))``: ``factor_in`` is ``(r, d_in)``, ``factor_out`` ``(d_out, r)``, plain or packed."""
+
+    def __init__(
+        self, d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = d_in, d_out
-        self.factor_in = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.factor_out = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+        self.factor_in = linear(d_in, spec["rank"], spec.get("factors"), False, device, dtype)
+        self.factor_out = linear(spec["rank"], d_out, spec.get("factors"), bias, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., d_in)`` to ``(..., d_out)``."""
@@ -38,17 +131,19 @@ class FactoredLinear(nn.Module):
 class PivotedLinear(nn.Module):
     """A product stored as r of its own rows (``factor_in``), from which the other rows follow (``factor_out``).
 
-    ``factor_in.weight`` is ``(r, d_in)``, ``factor_out.weight`` ``(d_out - r, r)``; ``order`` (int32, ``(d_out,)``) says which of
+    ``factor_in`` is ``(r, d_in)``, ``factor_out`` ``(d_out - r, r)``, plain or packed; ``order`` (int32, ``(d_out,)``) says which of
     the r + (d_out - r) numbers so computed each output is.
     """
 
     order: torch.Tensor
 
-    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = d_in, d_out
-        self.factor_in = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.factor_out = nn.Linear(rank, d_out - rank, bias=False, device=device, dtype=dtype)
+        self.in_features, self.out_features, rank = d_in, d_out, spec["rank"]
+        self.factor_in = linear(d_in, rank, spec.get("factors"), False, device, dtype)
+        self.factor_out = linear(rank, d_out - rank, spec.get("factors"), False, device, dtype)
         self.register_buffer("order", torch.zeros(d_out, device=device, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
 
@@ -59,28 +154,45 @@ class PivotedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def output_channels(d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> nn.Linear:
-    """A linear of which only ``rank`` outputs are left."""
-    return nn.Linear(d_in, rank, bias=bias, device=device, dtype=dtype)
+def output_channels(
+    d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
+) -> nn.Linear:
+    """A linear of which only some outputs are left."""
+    return nn.Linear(d_in, spec["rank"], bias=bias, device=device, dtype=dtype)
 
 
-def input_channels(d_in: int, d_out: int, rank: int, bias: bool, device: Any = None, dtype: Any = None) -> nn.Linear:
-    """A linear of which only ``rank`` inputs are left."""
-    return nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+def input_channels(
+    d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
+) -> nn.Linear:
+    """A linear of which only some inputs are left."""
+    return nn.Linear(spec["rank"], d_out, bias=bias, device=device, dtype=dtype)
 
 
 MODULES: dict[str, Any] = {
     "factors": FactoredLinear,
     "pivoted": PivotedLinear,
+    "packed": PackedLinear,
     "output-channels": output_channels,
     "input-channels": input_channels,
 }
 
 
-def factorise(base: nn.Module, config: Any) -> None:
-    """Replace the linears named in ``config.layerpress["linears"]`` (paths inside the base model) by modules of low rank.
+def check_grid(path: str, grid: Any, widths: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``grid`` is None or a grid whose groups divide every one of ``widths``."""
+    if grid is None:
+        return
+    wanted = {"bits": int, "group_size": int, "symmetric": bool, "power_of_two": bool}
+    if not isinstance(grid, dict) or {key: type(value) for key, value in grid.items()} != wanted:
+        raise ValueError(f"config.json gives {path!r} the grid {grid!r}; it must have {', '.join(wanted)}")
+    size = grid["group_size"]
+    if not 2 <= grid["bits"] <= 8 or size < 0 or any(size and width % size for width in widths):
+        raise ValueError(f"config.json gives {path!r} a grid that does not fit it: {grid!r}")
 
-    Raises ValueError for an unknown format or form, a path that is no linear map, or an impossible rank: before
+
+def factorise(base: nn.Module, config: Any) -> None:
+    """Replace the linears named in ``config.layerpress["linears"]`` (paths inside the base model) by compressed modules.
+
+    Raises ValueError for an unknown format or form, a path that is no linear map, an impossible rank or grid: before
     anything is allocated.
     """
     settings = getattr(config, "layerpress", None)
@@ -95,22 +207,27 @@ def factorise(base: nn.Module, config: Any) -> None:
     modules = dict(base.named_modules())
     for path, item in settings["linears"].items():
         form, rank = (item.get("form"), item.get("rank")) if isinstance(item, dict) else (None, None)
-        linear = modules.get(path)
-        weight = getattr(linear, "weight", None)
-        if linear is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        module = modules.get(path)
+        weight = getattr(module, "weight", None)
+        if module is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise ValueError(f"config.json names {path!r} as compressed, which is no linear map of this model")
         if form not in MODULES:
             raise ValueError(f"config.json gives {path!r} the form {form!r}; known are {', '.join(MODULES)}")
-        d_out, d_in = weight.shape if isinstance(linear, nn.Linear) else (weight.shape[1], weight.shape[0])
+        d_out, d_in = weight.shape if isinstance(module, nn.Linear) else (weight.shape[1], weight.shape[0])
         largest = {"output-channels": d_out, "input-channels": d_in}.get(form, min(d_out, d_in))
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-            raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be 1 to {largest}")
-        bias = getattr(linear, "bias", None) is not None or item.get("bias") is True
-        base.set_submodule(path, MODULES[form](d_in, d_out, rank, bias, weight.device, weight.dtype))
+        least = 0 if form == "packed" else 1
+        if not isinstance(rank, int) or isinstance(rank, bool) or not least <= rank <= largest:
+            raise ValueError(f"config.json gives {path!r} the rank {rank!r}; it must be {least} to {largest}")
+        if (form == "packed") != ("weight" in item):
+            raise ValueError(f"config.json must give {path!r} a grid if, and only if, it is packed")
+        check_grid(path, item.get("weight"), (d_in,))
+        check_grid(path, item.get("factors"), (d_in, rank))
+        bias = getattr(module, "bias", None) is not None or item.get("bias") is True
+        base.set_submodule(path, MODULES[form](d_in, d_out, item, bias, weight.device, weight.dtype))
 
 
 class LayerpressModel(BaseModel):
-    """The decoder without a head, with linears of low rank."""
+    """The decoder without a head, with compressed linears."""
 
     config_class = LayerpressConfig
 
@@ -120,7 +237,7 @@ class LayerpressModel(BaseModel):
 
 
 class LayerpressForCausalLM(BaseForCausalLM):
-    """The language model, with linears of low rank."""
+    """The language model, with compressed linears."""
 
     config_class = LayerpressConfig
 

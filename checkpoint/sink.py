@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import modeling_template
 from checkpoint.files import fsync_directory, write_json, write_text
-from checkpoint.forms import FORMS, Part
+from checkpoint.forms import FORMS, Part, Spec
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
 from checkpoint.stock import Renumbering, pruned_config
@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int32: "I32",
+    torch.uint8: "U8",
 }
 # what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -54,13 +55,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What the driver puts in a linear's place: its form and rank, and how to get the part when it is due.
+    """What the driver puts in a linear's place: how it is stored, and how to get the part when it is due.
 
     ``bias``: how many elements a bias will have that the part changes or brings; None: the linear's own, if any, stays.
     """
 
-    form: str
-    rank: int
+    spec: Spec
     transposed: bool
     bias: int | None
     part: Callable[[], Part]
@@ -166,7 +166,7 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
     prefix = source.model.base_model_prefix + "."
     linears: dict[str, dict[str, Any]] = {}
     for path, item in replaced.items():
-        linears[path.removeprefix(prefix)] = {"form": item.form, "rank": item.rank}
+        linears[path.removeprefix(prefix)] = item.spec.as_dict()
         if item.bias is not None:
             linears[path.removeprefix(prefix)]["bias"] = True
     _write_factored_config(source, linears, directory)
@@ -185,11 +185,12 @@ def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dic
     shape = tuple(source.tensor(name).shape)
     if path not in replaced:
         return {PLAIN: Entry(name, dtype, shape)}
-    form, changed = FORMS[replaced[path].form], replaced[path].bias
+    spec, changed = replaced[path].spec, replaced[path].bias
+    form = FORMS[spec.form]
     if leaf == "bias":
         return {} if changed is not None else {PLAIN: Entry(f"{path}.{form.bias}", dtype, shape)}
     d_out, d_in = reversed(shape) if replaced[path].transposed else shape
-    stored = form.stored(replaced[path].rank, d_out, d_in)
+    stored = spec.stored(d_out, d_in)
     if changed is not None:
         stored[form.bias] = (None, (changed,))
     return {role: Entry(f"{path}.{role}", own or dtype, sizes) for role, (own, sizes) in stored.items()}
@@ -243,8 +244,8 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
         if item.key in by_key:
             left = by_key[item.key]
             d_out, d_in = reversed(shape) if left.transposed else shape
-            stored_as = FORMS[left.form].stored(left.rank, d_out, d_in)
-            if "weight" in stored_as:  # channels are gone; a product is multiplied out
+            stored_as = left.spec.stored(d_out, d_in)
+            if "weight" in stored_as:  # channels are gone; all else is multiplied out
                 _, (d_out, d_in) = stored_as["weight"]
             shape = (d_in, d_out) if left.transposed else (d_out, d_in)
         elif item.key in biases:
@@ -262,7 +263,7 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
                 yield source.read(item)
 
     total = ShardWriter(directory, [entry(item) for item in stored]).write(tensors())
-    kept = {item.rank for item in replaced.values() if item.form == "input-channels"}
+    kept = {item.spec.rank for item in replaced.values() if item.spec.form == "input-channels"}
     config = numbering.config() if removed else pruned_config(source, kept)
     if config is None:
         shutil.copyfile(source.directory / "config.json", directory / "config.json")

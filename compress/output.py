@@ -63,8 +63,8 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
                     stage.step()
                 return part
 
-            form, rank = plan.recipe.storage.form_of(linear), plan.ranks[linear.name] or 0
-            return Replacement(form, rank, linear.transposed, changed_bias(plan, linear), due)
+            spec = plan.recipe.storage.spec(linear, plan.ranks[linear.name] or 0)
+            return Replacement(spec, linear.transposed, changed_bias(plan, linear), due)
 
         replaced = {linear.name: replacement(linear) for linear in factored}
         if plan.recipe.export == "dense":

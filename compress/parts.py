@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint.forms import Spec
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -43,12 +45,16 @@ class LowRank:
     a: torch.Tensor
     b: torch.Tensor
     shift: torch.Tensor | None = None
-    form: str = "factors"
 
     @property
     def rank(self) -> int:
         """The number of directions kept."""
         return self.a.shape[1]
+
+    @property
+    def spec(self) -> Spec:
+        """How it is stored."""
+        return Spec("factors", self.rank)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,12 +86,11 @@ class Pivoted:
     coefficients: torch.Tensor
     order: torch.Tensor
     shift: torch.Tensor | None = None
-    form: str = "pivoted"
 
     @property
-    def rank(self) -> int:
-        """The number of rows kept."""
-        return self.rows.shape[0]
+    def spec(self) -> Spec:
+        """How it is stored."""
+        return Spec("pivoted", self.rows.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,9 +124,9 @@ class Channels:
     form: str
 
     @property
-    def rank(self) -> int:
-        """The number of channels kept."""
-        return self.kept.numel()
+    def spec(self) -> Spec:
+        """How it is stored."""
+        return Spec(self.form, self.kept.numel())
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from functools import cache
 from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Linear
 from checkpoint.errors import UserError
-from checkpoint.forms import FORMS
+from checkpoint.forms import FORMS, Spec
 from compress.allocations import ALLOCATIONS, Curve, Unreachable
 
 
@@ -68,6 +68,10 @@ class Storage:
             return "output-channels"
         return "input-channels" if self.prunes_channels and linear.role == CONSUMER else self.form
 
+    def spec(self, linear: Linear, rank: int) -> Spec:
+        """How a linear is stored at a rank."""
+        return Spec(self.form_of(linear), rank)
+
     def bias_of(self, linear: Linear, rank: int) -> int:
         """Elements of a compressed linear's bias."""
         if FORMS[self.form_of(linear)].prunes_outputs:
@@ -81,14 +85,14 @@ class Storage:
         """Bytes at a rank (None is dense, 0 is removed), counting what the bias grows or shrinks by."""
         if not rank:
             return 0 if rank == 0 else linear.nbytes
-        size = FORMS[self.form_of(linear)].nbytes(rank, linear.d_out, linear.d_in, linear.dtype.itemsize)
+        size = self.spec(linear, rank).nbytes(linear.d_out, linear.d_in, linear.dtype.itemsize)
         return size + self._more_bias(linear, rank) * linear.dtype.itemsize
 
     def parameters(self, linear: Linear, rank: int | None) -> int:
         """Parameters at a rank; None is dense, 0 is removed."""
         if not rank:
             return 0 if rank == 0 else linear.d_out * linear.d_in
-        stored = FORMS[self.form_of(linear)].parameters(rank, linear.d_out, linear.d_in)
+        stored = self.spec(linear, rank).parameters(linear.d_out, linear.d_in)
         return stored + self._more_bias(linear, rank)
 
     def curve(self, linear: Linear, collected: Collected = NOTHING) -> Curve:

@@ -19,7 +19,7 @@ from checkpoint.source import Source
 from compress.methods.two_sided import kronecker, two_sided
 
 LENGTH, WINDOWS, BATCH, SEED = 24, 6, 4, 7
-NEEDS = frozenset({"second", "gradient", "samples"})
+NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input"})
 
 
 def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
@@ -41,17 +41,19 @@ def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, 
     return structure, moments, ids
 
 
-def autograd(directory, structure, ids: torch.Tensor, fisher: str) -> dict[str, torch.Tensor]:
-    """Output gradients ``(tokens, d_out)`` of every linear by one backward pass through the whole model."""
+def autograd(directory, structure, ids: torch.Tensor, fisher: str):
+    """Inputs ``(tokens, d_in)`` and output gradients ``(tokens, d_out)`` of every linear by one pass through the whole model."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, y: torch.Tensor) -> None:
+    def keep(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         y.retain_grad()
         outputs[name] = y
+        inputs[name] = x.detach().reshape(-1, x.shape[-1])
 
     for linear in structure.linears:
-        model.get_submodule(linear.name).register_forward_hook(lambda _, x, y, name=linear.name: keep(name, y))
+        model.get_submodule(linear.name).register_forward_hook(lambda _, x, y, name=linear.name: keep(name, x[0], y))
     logits = model(ids, use_cache=False).logits
     if fisher == "sampled":
         labels = torch.stack(
@@ -62,7 +64,7 @@ def autograd(directory, structure, ids: torch.Tensor, fisher: str) -> dict[str, 
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_LABEL
     ).backward()
-    return {name: y.grad.reshape(-1, y.shape[-1]) for name, y in outputs.items()}
+    return inputs, {name: y.grad.reshape(-1, y.shape[-1]) for name, y in outputs.items()}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -73,7 +75,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", zoo.CONTRACT)
 def test_streamed_gradient_moments_are_those_of_the_whole_model(models, tmp_path, name, fisher):
     structure, moments, ids = streamed(models(name), tmp_path, fisher)
-    gradients = autograd(models(name), structure, ids, fisher)
+    inputs, gradients = autograd(models(name), structure, ids, fisher)
     whole = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
     for linear in structure.linears:
         got, g = moments[linear.name], gradients[linear.name]
@@ -84,11 +86,15 @@ def test_streamed_gradient_moments_are_those_of_the_whole_model(models, tmp_path
         else:
             pulled = g @ module_weight(whole.get_submodule(linear.name)).detach()
             assert difference(got.pulled, pulled.T @ pulled / len(pulled)) < 1e-5, linear.name
+        x = inputs[linear.name]
+        weighted = x * g.norm(dim=1, keepdim=True)
+        assert difference(got.input, x.T @ x / len(x)) < 1e-5, linear.name
+        assert difference(got.weighted, weighted.T @ weighted / g.square().sum()) < 1e-5, linear.name
 
 
 def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path):
     structure, moments, ids = streamed(models("llama"), tmp_path, "sampled", gradient_windows=5)
-    gradients = autograd(models("llama"), structure, ids[:5], "sampled")
+    _, gradients = autograd(models("llama"), structure, ids[:5], "sampled")
     linear = structure.linears[3]
     got, g = moments[linear.name], gradients[linear.name]
     assert got.tokens == ids.numel() and got.gradient_tokens == 5 * LENGTH
@@ -96,14 +102,14 @@ def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path):
 
 
 def test_bfloat16_statistics_are_near_those_of_float32(models, tmp_path):
-    """Within 10 % in the moments of gradients, 2 % in those of activations (few tokens, large weights)."""
+    """Within 10 % in the moments of gradients, 3 % in those of activations (few tokens, large weights)."""
     _, exact, _ = streamed(models("llama"), tmp_path, "empirical")
     _, rough, _ = streamed(models("llama"), tmp_path, "empirical", dtype=torch.bfloat16)
     for name, moments in exact.items():
         kind = "gradient" if moments.gradient is not None else "pulled"
         assert difference(getattr(rough[name], kind), getattr(moments, kind)) < 0.1, name
         if moments.input is not None:
-            assert difference(rough[name].input, moments.input) < 0.02, name
+            assert difference(rough[name].input, moments.input) < 0.03, name
             assert float(torch.linalg.eigvalsh(rough[name].input.double()).min()) > -1e-6 * float(moments.input.trace())
 
 
@@ -199,7 +205,7 @@ def test_two_sided_at_full_rank_gives_the_weight_back_from_few_tokens(shape, tok
 def test_samples_are_the_same_tokens_of_input_and_gradient(models, tmp_path):
     """Each output is the weight times the sampled input, and each gradient is that token's own."""
     structure, moments, ids = streamed(models("llama"), tmp_path, "sampled")
-    gradients = autograd(models("llama"), structure, ids, "sampled")
+    _, gradients = autograd(models("llama"), structure, ids, "sampled")
     for linear in structure.linears:
         got = moments[linear.name]
         assert got.input_samples.shape == (ids.numel(), linear.d_in), "fewer tokens than samples: all are kept"

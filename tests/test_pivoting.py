@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.forms import FORMS, stored_module
+from checkpoint.forms import stored_module
 from compress.parts import LowRank
 from compress.pivoting import LARGEST_COEFFICIENT, dominant_rows, pivoted
 
@@ -39,13 +39,13 @@ def test_the_product_is_the_same_and_is_stored_as_the_form_says(part):
     exact = part.a @ part.b
     assert (found.dense() - exact).abs().max() <= 1e-5 * exact.abs().max()
     d_out, d_in = part.shape
-    stored = FORMS["pivoted"].stored(part.rank, d_out, d_in)
+    stored = found.spec.stored(d_out, d_in)
     assert {name: tuple(item.shape) for name, item in found.tensors().items()} == {
         name: shape for name, (_, shape) in stored.items()
     }
     numbers = part.rank * (d_out + d_in - part.rank)
-    assert FORMS["pivoted"].parameters(part.rank, d_out, d_in) == numbers
-    assert FORMS["pivoted"].nbytes(part.rank, d_out, d_in, 8) == 8 * numbers + 4 * d_out
+    assert found.spec.parameters(d_out, d_in) == numbers
+    assert found.spec.nbytes(d_out, d_in, 8) == 8 * numbers + 4 * d_out
     x, bias = torch.randn(3, d_in, dtype=torch.float64), torch.randn(d_out, dtype=torch.float64)
     for one in (part, found):
         y = stored_module(one, bias, torch.float64)(x)

@@ -1,0 +1,105 @@
+"""Quantized weights as they are stored: codes in 32-bit words by compressed-tensors, never a bit layout of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+from checkpoint.forms import Grid, Spec
+from compress.parts import LowRank
+from compress.quantizers import QUANTIZERS
+from compress.quantizers.grid import Quantized
+
+
+def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
+    """The tensors of a packed linear at ``prefix``: codes along a row, zero points along a column (modeling_template.grid_shapes)."""
+    bits = quantized.grid.bits
+    scale = quantized.scale
+    if quantized.grid.power_of_two:
+        scale = (torch.log2(scale.float()) + 127).to(torch.uint8)
+    tensors = {"weight_packed": pack_to_int32(quantized.codes, bits), "weight_scale": scale}
+    if quantized.zero is not None:
+        tensors["weight_zero_point"] = pack_to_int32(quantized.zero, bits, packed_dim=0)
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class QuantizedFactors:
+    """``W' = a b``, both factors as integers on the same grid."""
+
+    a: Quantized
+    b: Quantized
+
+    @property
+    def spec(self) -> Spec:
+        """How it is stored."""
+        return Spec("factors", self.b.codes.shape[0], factors=self.a.grid)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.a.codes.shape[0], self.b.codes.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the module holds them."""
+        return packed_tensors("factor_in.", self.b) | packed_tensors("factor_out.", self.a)
+
+    def dense(self) -> torch.Tensor:
+        """The product ``(d_out, d_in)``, in the dtype of the scales."""
+        return (self.a.dense() @ self.b.dense()).to(self.a.scale.dtype)
+
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The old bias: it stays."""
+        return old
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as integers, plus a correction of low rank or None."""
+
+    weight: Quantized
+    correction: LowRank | QuantizedFactors | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """How it is stored."""
+        if self.correction is None:
+            return Spec("packed", 0, self.weight.grid)
+        return Spec("packed", self.correction.spec.rank, self.weight.grid, self.correction.spec.factors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.weight.codes.shape[0], self.weight.codes.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As the module holds them."""
+        return packed_tensors("", self.weight) | (self.correction.tensors() if self.correction else {})
+
+    def dense(self) -> torch.Tensor:
+        """The weight ``(d_out, d_in)``, summed in float32, in the dtype of the scales."""
+        total = self.weight.dense()
+        if isinstance(self.correction, LowRank):
+            total = total + self.correction.a.float() @ self.correction.b.float()
+        elif self.correction is not None:
+            total = total + self.correction.a.dense() @ self.correction.b.dense()
+        return total.to(self.weight.scale.dtype)
+
+    def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
+        """The old bias: it stays."""
+        return old
+
+
+def quantized_factors(part: LowRank, grid: Grid) -> QuantizedFactors:
+    """Both factors rounded to ``grid``, direction by direction of one length first, so that no rank is drowned by a larger one.
+
+    ``part`` has no shift: raises ValueError if it does.
+    """
+    if part.shift is not None:
+        raise ValueError("a shift has no place in quantized factors")
+    rtn = QUANTIZERS["rtn"]
+    inner = rtn(part.b, grid, None, 0.0, part.b.dtype)
+    outer = rtn(part.a, grid, None, 0.0, part.a.dtype)
+    return QuantizedFactors(outer, inner)

@@ -1,0 +1,100 @@
+"""Integer grids: which weights share a scale, and the scale that loses least. Pure functions of tensors.
+
+A grid has ``2^bits`` levels; ``group_size`` neighbouring inputs of a row share a scale (and a zero point, if asymmetric).
+Codes are signed, from ``-2^(bits-1)``, as compressed-tensors packs them; the value is ``(code - zero) * scale``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from checkpoint.forms import Grid
+
+# parts of a group's range that the search for a clipped one tries
+PARTS = tuple(1.0 - 0.02 * step for step in range(31))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """``codes`` int8 ``(d_out, d_in)``; ``scale`` ``(d_out, groups)`` in the dtype it is stored in; ``zero`` int8 or None (zero)."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    grid: Grid
+
+    def dense(self) -> torch.Tensor:
+        """The weight that the codes stand for, ``(d_out, d_in)`` float32."""
+        return values(self.codes, self.scale, self.zero)
+
+
+def values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """``(code - zero) * scale`` in float32, ``(d_out, d_in)``."""
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    if zero is not None:
+        grouped = grouped - zero.float().unsqueeze(2)
+    return (grouped * scale.float().unsqueeze(2)).flatten(1)
+
+
+def round_to(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """The nearest codes, int8 ``(rows, groups, n)``, of ``weight`` of that shape; ``scale`` and ``zero`` ``(rows, groups)``."""
+    shifted = weight / scale.to(weight.dtype).unsqueeze(2)
+    if zero is not None:
+        shifted = shifted + zero.to(weight.dtype).unsqueeze(2)
+    return shifted.round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+
+
+def find_scales(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points ``(d_out, groups)`` of ``weight`` ``(d_out, d_in)``.
+
+    Each group's range is shrunk step by step, and the range with the least squared error, each input counted by ``importance``
+    ``(d_in,)``, is kept. Scales are rounded to ``dtype``, in which they are stored, before any code is chosen.
+    """
+    groups = grid.groups(weight.shape[1])
+    grouped = weight.float().unflatten(1, (groups, -1))
+    counted = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    # an input that the text never excited still counts a little: its weights must not be clipped away
+    counted = (counted + 1e-3 * counted.mean() + torch.finfo(torch.float32).tiny).unflatten(0, (groups, -1))
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    best = torch.full(low.shape, torch.inf)
+    scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros(low.shape, dtype=torch.int8)
+    for part, mirrored in product(PARTS, (False, True) if grid.symmetric and not grid.power_of_two else (False,)):
+        tried, shift = _scale(low * part, high * part, grid, mirrored, dtype)
+        codes = round_to(grouped, tried, shift, grid).float()
+        if shift is not None:
+            codes = codes - shift.float().unsqueeze(2)
+        error = ((codes * tried.float().unsqueeze(2) - grouped).square_() * counted).sum(2)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, tried, scale)
+        if shift is not None:
+            zero = torch.where(better, shift, zero)
+    return scale, None if grid.symmetric else zero
+
+
+def _scale(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, mirrored: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scale that spans ``low`` to ``high``, as it is stored; 1 where the range is empty.
+
+    A symmetric grid has a level more on the negative side; ``mirrored`` turns it over by a negative scale (which a bare
+    exponent cannot hold).
+    """
+    if not grid.symmetric:
+        wide = (high - low) / (grid.highest - grid.lowest)
+    elif mirrored:
+        wide = torch.maximum(high / -grid.lowest, -low / grid.highest)
+    else:
+        wide = torch.maximum(-low / -grid.lowest, high / grid.highest)
+    if grid.power_of_two:
+        wide = torch.exp2(torch.log2(wide).ceil().clamp(-126, 127))
+    scale = torch.where(wide > torch.finfo(dtype).tiny, wide, torch.ones_like(wide)).to(dtype)
+    if grid.symmetric:
+        return -scale if mirrored else scale, None
+    zero = (grid.lowest - low / scale.float()).round_().clamp_(grid.lowest, grid.highest)
+    return scale, zero.to(torch.int8)

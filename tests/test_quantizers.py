@@ -1,0 +1,136 @@
+"""Quantizers against their definitions: the grid, the nearest code, and GPTQ against a direct solve of its normal equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.quantizers import QUANTIZERS, Grid
+from compress.quantizers.gptq import gptq, inverse_root
+from compress.quantizers.grid import find_scales, round_to, values
+
+GRIDS = [
+    Grid(bits, group, symmetric, power)
+    for bits in (2, 3, 4, 8)
+    for group in (0, 8)
+    for symmetric, power in ((True, False), (False, False), (True, True))
+]
+
+
+def correlated(d: int, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d, generator=generator) @ torch.randn(d, d, generator=generator) * 0.2
+    x[:, 0] *= 30  # an outlier channel, as activations have
+    return x.T @ x / tokens
+
+
+def weight_of(d_out: int, d_in: int, seed: int) -> torch.Tensor:
+    return torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.01
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_codes_stay_in_the_grid_and_scales_are_as_stored(name, grid):
+    found = QUANTIZERS[name](weight_of(12, 32, 1), grid, correlated(32, 100, 2), 0.01, torch.bfloat16)
+    assert found.codes.dtype == torch.int8 and found.codes.shape == (12, 32)
+    assert grid.lowest <= found.codes.min() and found.codes.max() <= grid.highest
+    assert found.scale.dtype == torch.bfloat16 and found.scale.shape == (12, grid.groups(32))
+    assert (found.zero is None) == grid.symmetric
+    if grid.power_of_two:
+        exponents = torch.log2(found.scale.float().abs())
+        assert torch.equal(exponents, exponents.round())
+    weight, moment = weight_of(12, 32, 1), correlated(32, 100, 2)
+    off = found.dense() - weight
+    relative = ((off @ moment * off).sum() / (weight @ moment * weight).sum()).sqrt()
+    assert relative < {2: 0.6, 3: 0.3, 4: 0.15, 8: 0.01}[grid.bits]
+
+
+@given(bits=st.integers(2, 8), symmetric=st.booleans(), seed=st.integers(0, 2**16))
+@settings(max_examples=30, deadline=None)
+def test_rounding_is_to_the_nearest_level(bits, symmetric, seed):
+    grid = Grid(bits, 4, symmetric)
+    weight = weight_of(3, 16, seed)
+    scale, zero = find_scales(weight, grid, None, torch.float32)
+    codes = round_to(weight.unflatten(1, (4, -1)), scale, zero, grid).flatten(1)
+    levels = torch.arange(grid.lowest, grid.highest + 1, dtype=torch.int8)
+    every = torch.stack([values(torch.full_like(codes, int(level)), scale, zero) for level in levels])
+    least = (every - weight).abs().amin(0)
+    assert torch.allclose((values(codes, scale, zero) - weight).abs(), least, atol=1e-6)
+
+
+def test_a_weight_on_the_grid_comes_back_exactly():
+    grid = Grid(4, 8)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (6, 16), generator=generator, dtype=torch.int8)
+    codes[:, ::8] = -8  # every group uses its whole range
+    scale = torch.exp2(torch.randint(-6, 0, (6, 2), generator=generator).float())
+    weight = values(codes, scale, None)
+    for name in QUANTIZERS:
+        found = QUANTIZERS[name](weight, grid, correlated(16, 64, 3), 0.01, torch.bfloat16)
+        assert torch.equal(found.dense(), weight), name
+
+
+def test_importance_moves_the_scale_to_what_counts():
+    weight = weight_of(4, 32, 5)
+    weight[:, 3] = 1.0  # an outlier that no input excites
+    importance = torch.ones(32)
+    importance[3] = 0.0
+    error = {}
+    for name, counted in (("plain", None), ("weighted", importance)):
+        scale, zero = find_scales(weight, Grid(3), counted, torch.float32)
+        codes = round_to(weight.unflatten(1, (1, -1)), scale, zero, Grid(3)).flatten(1)
+        error[name] = float(((values(codes, scale, zero) - weight) * importance).square().sum())
+    assert error["weighted"] < 0.6 * error["plain"]
+
+
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=20, deadline=None)
+def test_inverse_root_is_the_cholesky_factor_of_the_inverse(seed):
+    moment = correlated(12, 40, seed).double()
+    upper = inverse_root(moment, 0.01)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    assert torch.allclose(upper, torch.linalg.cholesky(torch.linalg.inv(damped), upper=True), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [16, 160])  # within a block, and over two
+def test_gptq_solves_its_normal_equations(symmetric, width):
+    """Fix the columns quantized so far, solve for the free ones directly, round the next: the same codes."""
+    grid, damping = Grid(3, 8, symmetric), 0.01
+    weight, moment = weight_of(5, width, 7), correlated(width, 3 * width, 8)
+    found = gptq(weight, grid, moment, damping, torch.bfloat16)
+    damped = moment.double() + damping * moment.double().diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    order = moment.diagonal().argsort(descending=True, stable=True).tolist()
+    scale, zero = find_scales(weight, grid, moment.diagonal(), torch.bfloat16)
+    wanted, quantized = weight.double(), torch.zeros(5, width, dtype=torch.float64)
+    differing = 0
+    for step, column in enumerate(order):
+        fixed, free = order[:step], order[step:]
+        change = (wanted[:, fixed] - quantized[:, fixed]) @ damped[fixed][:, free]
+        best = wanted[:, free] + torch.linalg.solve(damped[free][:, free], change.T).T
+        group = column // 8
+        shift = None if zero is None else zero[:, group : group + 1]
+        code = round_to(best[:, :1].unsqueeze(1), scale[:, group : group + 1], shift, grid).flatten(1)
+        differing += int((code[:, 0] != found.codes[:, column]).sum())
+        # go on from what GPTQ chose: a tie that rounds the other way in float32 changes all that follows
+        quantized[:, column] = found.dense().double()[:, column]
+    assert differing <= 0.005 * weight.numel()
+
+
+def test_gptq_loses_less_than_rounding_where_inputs_correlate():
+    weight, moment = weight_of(16, 64, 9), correlated(64, 200, 10)
+    error = {}
+    for name in QUANTIZERS:
+        off = QUANTIZERS[name](weight, Grid(3, 16), moment, 0.01, torch.bfloat16).dense() - weight
+        error[name] = float((off @ moment * off).sum())
+    assert error["gptq"] < 0.6 * error["rtn"]
+
+
+def test_gptq_survives_inputs_that_never_fire():
+    moment = torch.zeros(16, 16)
+    moment[:4, :4] = correlated(4, 50, 11)
+    for second in (moment, torch.zeros(16, 16)):
+        found = gptq(weight_of(4, 16, 12), Grid(4), second, 0.01, torch.float32)
+        assert bool(torch.isfinite(found.dense()).all())
