@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+# what is needed of the loss gradient, besides samples
+OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
+TINY = torch.finfo(torch.float32).tiny
 ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
 
 
@@ -30,7 +33,7 @@ class Moments:
     Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
     ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
     ``weighted`` ``(d_in, d_in)`` or None: ``E[|g|^2 x x^T] / E[|g|^2]``, the input's moment with each token counted by what the
-    loss makes of it;
+    loss makes of it, ``|g|^2`` summed over the linears that share the input;
     ``row_fisher`` ``(d_out,)`` or None: ``E[g_i^2 |x|^2]``, the Fisher information of row i summed over its weights;
     ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly.
     """
@@ -141,8 +144,9 @@ class GroupCollector:
     """Sums the moments of one group of linears that share an input, through forward hooks.
 
     ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
-    ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient``, ``weighted``, ``row_fisher`` and
-    ``samples``, which keeps about ``samples`` tokens in all.
+    ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient`` (on the smaller side),
+    ``output_gradient`` (at the output, whichever side is smaller), ``weighted``, ``row_fisher`` and ``samples``, which keeps
+    about ``samples`` tokens in all.
     """
 
     def __init__(
@@ -163,17 +167,26 @@ class GroupCollector:
         }
         self._row_fisher = {name: torch.zeros(d) for name, (d, _) in sizes.items() if "row_fisher" in needs}
         self._lengths = torch.empty(0)  # |x|^2 of the tokens of the batch that is going backward
-        self._weighted = {name: torch.zeros(width, width) for name in sizes if "weighted" in needs}
-        self._rows = torch.empty(0)  # the inputs of that batch
+        self._weighted = torch.zeros(width, width) if "weighted" in needs else None
+        self._weights = 0.0
+        self._rows = torch.empty(0)  # the inputs of that batch, and |g|^2 of its tokens for the linears seen so far
+        self._of_tokens: list[torch.Tensor] = []
+        self._pulled = {
+            name: torch.zeros(d_in, d_in)
+            for name, (d_out, d_in) in sizes.items()
+            if "gradient" in needs and d_in < d_out
+        }
         self._gradients = {
-            name: torch.zeros(min(shape), min(shape)) for name, shape in sizes.items() if "gradient" in needs
+            name: torch.zeros(d_out, d_out)
+            for name, (d_out, d_in) in sizes.items()
+            if "output_gradient" in needs or ("gradient" in needs and d_out <= d_in)
         }
         self._per_batch = -(-samples // batches) if "samples" in needs else 0
         self._batches = 0
         self._picked = torch.empty(0, dtype=torch.int64)
         self._input_samples = Rows(self._per_batch * batches)
         self._gradient_samples = {name: Rows(self._per_batch * batches) for name in sizes}
-        self._watched = list(sizes) if needs & {"gradient", "row_fisher", "weighted"} else []
+        self._watched = list(sizes) if needs & OF_GRADIENTS else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
         self._gradient_power = dict.fromkeys(self._watched, 0.0)
 
@@ -190,11 +203,10 @@ class GroupCollector:
             handles.append(
                 modules[name].register_forward_hook(lambda _, args, y, name=name: self._watch(name, args[0], y))
             )
-        for name, total in self._gradients.items():
-            if self._sizes[name][0] > self._sizes[name][1]:
-                handles.append(
-                    modules[name].register_forward_pre_hook(lambda _, args, total=total: _pull_into(total, args))
-                )
+        for name, total in self._pulled.items():
+            handles.append(
+                modules[name].register_forward_pre_hook(lambda _, args, total=total: _pull_into(total, args))
+            )
         return handles
 
     def _watch(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -205,7 +217,7 @@ class GroupCollector:
             rows = x.detach().reshape(-1, x.shape[-1])
             if self._row_fisher:
                 self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
-            if self._weighted:
+            if self._weighted is not None:
                 self._rows = rows
             if self._per_batch:
                 self._picked = self._pick(rows.shape[0])
@@ -246,28 +258,29 @@ class GroupCollector:
         if self._per_batch:
             self._gradient_samples[name].add(rows[self._picked])
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
-        if name in self._gradients and d_out <= d_in:
+        if name in self._gradients:
             add_gram(self._gradients[name], rows)
         if name in self._row_fisher:
             self._row_fisher[name] += self._lengths @ rows.float().square()
-        if name in self._weighted:
-            # a Gram matrix of rounded rows is as good a one; scaled in the rows' own dtype it is made as fast
-            length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            add_gram(self._weighted[name], self._rows * length.to(rows.dtype).unsqueeze(1))
+        if self._weighted is not None:
+            self._of_tokens.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square())
+            if len(self._of_tokens) == len(self._sizes):
+                self._add_weighted(self._weighted, sum(self._of_tokens, torch.zeros(1)))
+                self._of_tokens.clear()
 
-    def _mean_weighted(self, name: str) -> torch.Tensor | None:
-        if name not in self._weighted:
-            return None
-        power = self._gradient_power[name] * self._sizes[name][0]
-        return self._weighted[name] / max(power, torch.finfo(torch.float32).tiny)
+    def _add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add ``sum of w_t x_t x_t^T``: a Gram matrix of rounded rows is as good a one, and is made as fast as any."""
+        add_gram(total, self._rows * weights.sqrt().to(self._rows.dtype).unsqueeze(1))
+        self._weights += float(weights.sum())
 
     def moments(self) -> dict[str, Moments]:
         """Per linear of the group; members share the tensors of the input side."""
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input / count
+        weighted = None if self._weighted is None else self._weighted / max(self._weights, TINY)
         channels = {name: total / count for name, (_, total) in self._of_channels.items()}
         found = {}
-        for name, (d_out, d_in) in self._sizes.items():
+        for name in self._sizes:
             output = self._outputs[name] / count if name in self._outputs else None
             moments = Moments(
                 self._tokens,
@@ -280,15 +293,14 @@ class GroupCollector:
             )
             if name in self._watched:
                 seen = max(self._gradient_tokens[name], 1)
-                second = self._gradients[name] / seen if name in self._gradients else None
                 rows = self._row_fisher[name] / seen if name in self._row_fisher else None
                 moments = replace(
                     moments,
                     gradient_tokens=self._gradient_tokens[name],
                     gradient_power=self._gradient_power[name] / seen,
-                    gradient=second if d_out <= d_in else None,
-                    pulled=None if d_out <= d_in else second,
-                    weighted=self._mean_weighted(name),
+                    gradient=self._gradients[name] / seen if name in self._gradients else None,
+                    pulled=self._pulled[name] / seen if name in self._pulled else None,
+                    weighted=weighted,
                     row_fisher=rows,
                     input_samples=self._input_samples.kept(),
                     gradient_samples=self._gradient_samples[name].kept(),

@@ -9,8 +9,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from checkpoint.forms import Grid, Spec
 from compress.parts import LowRank
-from compress.quantizers import QUANTIZERS
 from compress.quantizers.grid import Quantized
+from compress.quantizers.rounding import round_to_nearest
 
 
 def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
@@ -93,13 +93,9 @@ class Packed:
 
 
 def quantized_factors(part: LowRank, grid: Grid) -> QuantizedFactors:
-    """Both factors rounded to ``grid``, direction by direction of one length first, so that no rank is drowned by a larger one.
-
-    ``part`` has no shift: raises ValueError if it does.
-    """
+    """Both factors rounded to the nearest on ``grid``; raises ValueError if ``part`` has a shift."""
     if part.shift is not None:
         raise ValueError("a shift has no place in quantized factors")
-    rtn = QUANTIZERS["rtn"]
-    inner = rtn(part.b, grid, None, 0.0, part.b.dtype)
-    outer = rtn(part.a, grid, None, 0.0, part.a.dtype)
+    inner = round_to_nearest(part.b, grid, None, None, 0.0, part.b.dtype)
+    outer = round_to_nearest(part.a, grid, None, None, 0.0, part.a.dtype)
     return QuantizedFactors(outer, inner)

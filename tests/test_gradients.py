@@ -19,7 +19,7 @@ from checkpoint.source import Source
 from compress.methods.two_sided import kronecker, two_sided
 
 LENGTH, WINDOWS, BATCH, SEED = 24, 6, 4, 7
-NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input"})
+NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input", "output_gradient"})
 
 
 def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
@@ -81,15 +81,16 @@ def test_streamed_gradient_moments_are_those_of_the_whole_model(models, tmp_path
         got, g = moments[linear.name], gradients[linear.name]
         assert got.gradient_tokens == ids.numel() == got.tokens
         assert got.gradient_power == pytest.approx(float((g**2).mean()), rel=1e-4)
-        if linear.d_out <= linear.d_in:
-            assert difference(got.gradient, g.T @ g / len(g)) < 1e-5, linear.name
-        else:
+        assert difference(got.gradient, g.T @ g / len(g)) < 1e-5, linear.name
+        if linear.d_out > linear.d_in:
             pulled = g @ module_weight(whole.get_submodule(linear.name)).detach()
             assert difference(got.pulled, pulled.T @ pulled / len(pulled)) < 1e-5, linear.name
         x = inputs[linear.name]
-        weighted = x * g.norm(dim=1, keepdim=True)
         assert difference(got.input, x.T @ x / len(x)) < 1e-5, linear.name
-        assert difference(got.weighted, weighted.T @ weighted / g.square().sum()) < 1e-5, linear.name
+        layer = structure.layers[linear.layer]
+        (group,) = (group for group in layer.groups if linear in group.linears)
+        weights = sum(gradients[item.name].square().sum(1, keepdim=True) for item in group.linears)
+        assert difference(got.weighted, (weights * x).T @ x / weights.sum()) < 1e-5, linear.name
 
 
 def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path):

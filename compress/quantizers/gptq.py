@@ -20,40 +20,55 @@ BLOCK = 128  # columns whose changes to later columns are applied in one product
 
 
 def gptq(
-    weight: torch.Tensor, grid: Grid, second: torch.Tensor | None, damping: float, dtype: torch.dtype
+    weight: torch.Tensor,
+    grid: Grid,
+    inputs: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    damping: float,
+    dtype: torch.dtype,
 ) -> Quantized:
-    """``weight`` ``(d_out, d_in)``; ``second`` is H, ``(d_in, d_in)``; ``damping`` times its mean diagonal is added to it.
+    """``weight`` ``(d_out, d_in)``; ``inputs`` is H, ``(d_in, d_in)``; ``damping`` times its mean diagonal is added to it.
 
-    Raises ValueError if H is missing, torch.linalg.LinAlgError if the damped H is not positive definite.
+    ``outputs`` is not used. Raises ValueError if H is missing, torch.linalg.LinAlgError if the damped H is not positive definite.
     """
-    if second is None:
+    if inputs is None:
         raise ValueError("the second moment of the input is needed")
-    moment = second.double()
-    scale, zero = find_scales(weight, grid, moment.diagonal(), dtype)
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_root(moment[order][:, order], damping).float()
-    rest = weight.float()[:, order].T.contiguous()  # a row per column of the weight: what a step touches is contiguous
-    step_of = torch.arange(weight.shape[1])[order] // (weight.shape[1] // scale.shape[1])
-    steps = scale.float().T.contiguous()
-    zeros = None if zero is None else zero.float().T.contiguous()
-    codes = torch.empty(rest.shape, dtype=torch.int8)
-    for start in range(0, rest.shape[0], BLOCK):
-        block = slice(start, min(start + BLOCK, rest.shape[0]))
-        errors = torch.empty(rest[block].shape)
-        for j in range(block.start, block.stop):
-            step = steps[step_of[j]]
-            shift = None if zeros is None else zeros[step_of[j]]
-            level = rest[j] / step
-            level = (level if shift is None else level + shift).round_().clamp_(grid.lowest, grid.highest)
-            codes[j] = level.to(torch.int8)
-            value = (level if shift is None else level - shift) * step
-            error = (rest[j] - value) / upper[j, j]
-            rest[j + 1 : block.stop].addr_(upper[j, j + 1 : block.stop], error, alpha=-1.0)
-            errors[j - start] = error
-        rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1.0)
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return Quantized(placed.T.contiguous(), scale, zero, grid)
+    scale, zero = find_scales(weight, grid, inputs.diagonal(), dtype)
+    columns = Columns(inputs, damping)
+    return Quantized(columns.round(weight.float(), scale, zero, grid), scale, zero, grid)
+
+
+class Columns:
+    """The order in which the columns of a weight are rounded, and how the rest make up for each; for many weights alike."""
+
+    def __init__(self, inputs: torch.Tensor, damping: float) -> None:
+        moment = inputs.double()
+        self._order = moment.diagonal().argsort(descending=True, stable=True)
+        self._upper = inverse_root(moment[self._order][:, self._order], damping).float()
+
+    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        """Codes int8 ``(d_out, d_in)`` of ``weight`` float32 on the grid that ``scale`` and ``zero`` ``(d_out, groups)`` make."""
+        order, upper = self._order, self._upper
+        # a row per column of the weight: what a step touches is contiguous
+        rest = weight[:, order].T.contiguous()
+        step_of = (order // (weight.shape[1] // scale.shape[1])).tolist()
+        steps = scale.float().T.contiguous()
+        zeros = torch.zeros_like(steps) if zero is None else zero.float().T.contiguous()
+        codes = torch.empty(rest.shape, dtype=torch.int8)
+        for start in range(0, rest.shape[0], BLOCK):
+            stop = min(start + BLOCK, rest.shape[0])
+            errors = torch.empty(stop - start, rest.shape[1])
+            for j in range(start, stop):
+                step, shift = steps[step_of[j]], zeros[step_of[j]]
+                level = (rest[j] / step + shift).round_().clamp_(grid.lowest, grid.highest)
+                codes[j] = level.to(torch.int8)
+                error = (rest[j] - (level - shift) * step) / upper[j, j]
+                rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
+                errors[j - start] = error
+            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
+        placed = torch.empty_like(codes)
+        placed[order] = codes
+        return placed.T.contiguous()
 
 
 def inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:

@@ -9,9 +9,17 @@ from compress.quantizers.grid import Quantized, find_scales, round_to
 
 
 def round_to_nearest(
-    weight: torch.Tensor, grid: Grid, second: torch.Tensor | None, damping: float, dtype: torch.dtype
+    weight: torch.Tensor,
+    grid: Grid,
+    inputs: torch.Tensor | None,
+    outputs: torch.Tensor | None,
+    damping: float,
+    dtype: torch.dtype,
 ) -> Quantized:
-    """``weight`` ``(d_out, d_in)``; the diagonal of ``second`` ``(d_in, d_in)``, if given, weighs the errors in the scale search."""
-    scale, zero = find_scales(weight, grid, None if second is None else second.diagonal(), dtype)
+    """``weight`` ``(d_out, d_in)``; the diagonal of ``inputs`` ``(d_in, d_in)``, if given, weighs the errors in the scale search.
+
+    ``outputs`` and ``damping`` are not used.
+    """
+    scale, zero = find_scales(weight, grid, None if inputs is None else inputs.diagonal(), dtype)
     grouped = weight.float().unflatten(1, (scale.shape[1], -1))
     return Quantized(round_to(grouped, scale, zero, grid).flatten(1), scale, zero, grid)
