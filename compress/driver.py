@@ -8,7 +8,8 @@ later layers see it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +22,19 @@ from calibration.structure import Group, Linear
 from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.errors import UserError
+from checkpoint.forms import Grid
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
-from compress.allocations import ALLOCATIONS
+from compress.allocations import ALLOCATIONS, Curve
+from compress.allocations.pooled import lower_hull
+from compress.candidates import Candidate
 from compress.install import install
 from compress.methods import METHODS
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
-from compress.pivoting import PART_FORMS
 from compress.plan import Plan
 from compress.progress import Stage
-from compress.records import DENSE_STAGE, from_record, part_of, read_collected, stage_name, to_record
+from compress.records import DENSE_STAGE, candidate_record, from_record, part_of, read_collected, stage_name, to_record
 from compress.refit import refit
 from compress.search import search
 from compress.sizes import Collected
@@ -41,7 +44,7 @@ EMPTY = Moments(tokens=0, input_power=0.0)
 
 
 def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[Plan, Collected, list[Stage]]:
-    """Record every linear's factors, skipping the layers that are recorded already; the plan with its final ranks.
+    """Record what every linear may become, skipping the layers that are recorded already; the plan with its final choices.
 
     A sequential walk whose allocation reads losses or spectra is preceded by a sweep over the dense model for them.
     """
@@ -49,15 +52,15 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
     reads = bool(ALLOCATIONS[plan.recipe.allocation].reads)
     stages: list[Stage] = []
     if plan.recipe.mode == "one-shot" or reads:
-        method = METHODS[plan.recipe.decomposition]
-        through = _backward if method.backward else _influence if "influence" in method.needs else _forward
+        needs = plan.recipe.needs
+        through = _backward if plan.recipe.backward else _influence if "influence" in needs else _forward
         stages += through(plan, windows, work)
         if "sensitivity" in ALLOCATIONS[plan.recipe.allocation].reads:
             assert windows is not None
             stages.append(search(plan, windows, work))
         collected = read_collected(plan, work, DENSE_STAGE, tokens)
         if reads:
-            plan = plan.with_ranks(collected)
+            plan = plan.with_choices(collected)
     if plan.recipe.walks:
         stages.append(_walk(plan, windows, work))
         collected = read_collected(plan, work, stage_name(plan), tokens)
@@ -69,7 +72,7 @@ def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Swee
 
 
 def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
-    """Decompose every linear at all ranks, from the statistics of the dense model's inputs (or without any text)."""
+    """Make every linear's menu from the statistics of the dense model's inputs (or without any text)."""
     layers = plan.structure.layers
     done = work.leading(DENSE_STAGE, len(layers))
     sweep = _sweep(plan, windows, work, DENSE_STAGE) if windows else None
@@ -81,9 +84,9 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
             with opened(plan.source, layer) as open_layer:
                 moments: Mapping[str, Moments] = {}
                 if sweep:
-                    needs = METHODS[plan.recipe.decomposition].needs
-                    moments = sweep.collect(open_layer, layer.groups, needs, advance=layer is not layers[-1])
-                tensors, notes = _at_all_ranks(plan, open_layer, layer.linears, moments)
+                    last = layer is layers[-1]
+                    moments = sweep.collect(open_layer, layer.groups, plan.recipe.needs, advance=not last)
+                tensors, notes = _whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             if sweep:
                 sweep.forget(layer.index)
@@ -137,9 +140,8 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
         backward.step(len(layers) - len(waiting))
         for layer in waiting:
             with opened(plan.source, layer) as open_layer:
-                needs = METHODS[recipe.decomposition].needs
-                moments = sweep.collect_backward(open_layer, needs, recipe.gradient_windows)
-                tensors, notes = _at_all_ranks(plan, open_layer, layer.linears, moments)
+                moments = sweep.collect_backward(open_layer, recipe.needs, recipe.gradient_windows)
+                tensors, notes = _whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             sweep.forget(layer.index + 1)
             backward.step()
@@ -148,7 +150,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
 
 
 def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
-    """Compress group after group at the plan's ranks, each seeing what was compressed before it."""
+    """Compress group after group as the plan says, each seeing what was compressed before it."""
     assert windows is not None
     layers, name = plan.structure.layers, stage_name(plan)
     done = work.leading(name, len(layers))
@@ -189,37 +191,44 @@ def _walk_groups(
     sweeps: tuple[Sweep, Sweep | None],
     notes: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """Records of the groups' linears at the plan's ranks (new, or ``ready`` from the dense statistics), refitted; installed."""
+    """Records of the groups' linears as planned (new, or ``ready`` from the dense statistics), refitted; installed."""
     recipe = plan.recipe
-    linears = [item for group in groups for item in group.linears if plan.ranks[item.name] is not None]
+    planned = {item: plan.spec(item) for group in groups for item in group.linears}
+    linears = {linear: spec for linear, spec in planned.items() if spec is not None}
     if not linears:
         return {}
     moments: Mapping[str, Moments] = {}
     kept: torch.Tensor | None = None
     if ready is None:
-        pruning = any(recipe.storage.form_of(linear) not in PART_FORMS for linear in linears)
-        needs = METHODS[recipe.decomposition].needs | ({"mean_square"} if pruning else set())
+        pruning = any(recipe.storage.prunes(linear) for linear in linears)
+        needs = recipe.needs | ({"mean_square"} if pruning else set())
         moments = sweeps[0].collect(open_layer, groups, needs, advance=False)
         release_memory()
         kept = _kept_channels(plan, open_layer, moments) if pruning else None
     found: dict[str, Factors | Channels] = {}
-    for linear in linears:
-        rank = plan.ranks[linear.name] or 0
+    tensors: dict[str, torch.Tensor] = {}
+    for linear, spec in linears.items():
         started = time.monotonic()
-        if kept is not None and recipe.storage.form_of(linear) not in PART_FORMS:
+        if spec.weight is not None:
+            of_linear = moments.get(linear.local, EMPTY)
+            (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})
+            loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
+            loss[0] = _loss_of_all(plan, open_layer, linear, of_linear)
+            loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
+            tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
+        elif kept is not None and recipe.storage.prunes(linear):
             found[linear.local] = _pruned(plan, open_layer, linear, kept)
         elif ready is None:
-            found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], rank)
+            found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], spec.rank)
         else:
-            whole = from_record(ready, linear)
-            found[linear.local] = replace(whole, a=whole.a[:, :rank], b=whole.b[:rank], loss=whole.loss[: rank + 1])
+            found[linear.local] = from_record(ready, linear).first(spec.rank)
         notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
     for group in groups if recipe.refit != "none" else []:
         _refit_group(plan, open_layer, group, found, sweeps)
-    tensors: dict[str, torch.Tensor] = {}
-    for linear in linears:
-        tensors |= to_record(found[linear.local], linear)
-        install(plan, open_layer, linear, part_of(plan, tensors, linear, plan.ranks[linear.name] or 0))
+    for linear, spec in linears.items():
+        if linear.local in found:
+            tensors |= to_record(found[linear.local], linear)
+        install(plan, open_layer, linear, part_of(tensors, linear, spec))
     return tensors
 
 
@@ -257,39 +266,94 @@ def _kept_channels(plan: Plan, open_layer: OpenLayer, moments: Mapping[str, Mome
     powers = [moments[item.local].mean_square for item in (producers[0], down)]
     assert powers[0] is not None and powers[1] is not None
     scores = channel_scores(split, module_weight(open_layer.linear(down.local)), powers[0], powers[1])
-    return kept_channels(scores, plan.ranks[down.name] or 0)
+    return kept_channels(scores, plan.choices[down.name] or 0)
 
 
 def _pruned(plan: Plan, open_layer: OpenLayer, linear: Linear, kept: torch.Tensor) -> Channels:
     """What is left of a linear of the feed-forward network whose channels ``kept`` stay."""
     weight = module_weight(open_layer.linear(linear.local))
-    shape, form = (linear.d_out, linear.d_in), plan.recipe.storage.form_of(linear)
+    shape = (linear.d_out, linear.d_in)
     if linear.role == CONSUMER:
-        return Channels(weight[:, kept], kept, shape, form)
+        return Channels(weight[:, kept], kept, shape, "input-channels")
     (channels,) = (item.d_in for item in open_layer.layer.linears if item.role == CONSUMER)
     rows = torch.cat([kept + first for first in range(0, linear.d_out, channels)])
-    return Channels(weight[rows], rows, shape, form)
+    return Channels(weight[rows], rows, shape, "output-channels")
 
 
-def _at_all_ranks(
+def _whole_menu(
     plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: Mapping[str, Moments]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Records and notes of the linears that can be factored, at every rank that saves."""
+    """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss."""
+    storage = plan.recipe.storage
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     release_memory()  # the heap that the layer's activations left, before float64 work comes on top
     for linear in linears:
         started = time.monotonic()
-        rank = plan.recipe.storage.largest_rank(linear)
-        if rank < 1:
+        menu = storage.menu(linear)
+        if not menu:
             continue  # stays dense
-        factors = decompose(plan, open_layer, linear, moments.get(linear.local, EMPTY), rank)
-        tensors |= to_record(factors, linear)
+        of_linear = moments.get(linear.local, EMPTY)
+        loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
+        if storage.low_rank:
+            factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
+            tensors |= to_record(factors, linear)
+            loss[0] = factors.loss[0]
+            for choice, spec in enumerate(menu, 1):
+                if spec.weight is None:
+                    loss[choice] = factors.loss[spec.rank]
+        if storage.grids:
+            tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
+            if not storage.low_rank:
+                loss[0] = _loss_of_all(plan, open_layer, linear, of_linear)
+        tensors[f"{linear.local}.loss"] = loss
         if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
             weight = module_weight(open_layer.linear(linear.local)).double()
             tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
         notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
     return tensors, notes
+
+
+def _quantized_menu(
+    plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, loss: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Records of the packed candidates of a linear; their losses go into ``loss``, by choice.
+
+    Where losses decide, candidates that no budget would choose are not kept: their losses are infinite again.
+    """
+    storage = plan.recipe.storage
+    menu = storage.menu(linear)
+    ranks = {grid: max(spec.rank for spec in menu if spec.weight == grid) for grid in {s.weight for s in menu} if grid}
+    found = {item.weight.grid: item for item in quantize(plan, open_layer, linear, moments, ranks)}
+    for choice, spec in enumerate(menu, 1):
+        if spec.weight is not None:
+            loss[choice] = found[spec.weight].loss[spec.rank]
+    if ALLOCATIONS[plan.recipe.allocation].reads:
+        curve = Curve(linear.nbytes, storage.sizes(linear), tuple(loss.tolist()))
+        chosen = {menu[point.choice - 1].weight for point in lower_hull(curve) if point.choice}
+        found = {grid: item for grid, item in found.items() if grid in chosen}
+        for choice, spec in enumerate(menu, 1):
+            if spec.weight is not None and spec.weight not in found:
+                loss[choice] = torch.inf
+    tensors: dict[str, torch.Tensor] = {}
+    for item in found.values():
+        tensors |= candidate_record(item, linear)
+    return tensors
+
+
+def _loss_of_all(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments) -> float:
+    weight = module_weight(open_layer.linear(linear.local)).double()
+    with _named(linear):
+        return plan.recipe.quantization.loss_of_all(weight, moments)
+
+
+def quantize(
+    plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, ranks: Mapping[Grid, int]
+) -> list[Candidate]:
+    """One linear on grids with corrections of at most so many ranks (UserError naming it where numbers are not finite)."""
+    weight = module_weight(open_layer.linear(linear.local)).double()
+    with _named(linear):
+        return plan.recipe.quantization.candidates(weight, ranks, moments, linear.dtype)
 
 
 def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, rank: int) -> Factors:
@@ -300,7 +364,14 @@ def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moment
     assert run is not None
     if method.without_bias and not (linear.has_bias or plan.recipe.storage.adds_bias):
         run = method.without_bias
-    try:
+    with _named(linear):
         return run(weight, moments, rank, plan.recipe.damping)
+
+
+@contextmanager
+def _named(linear: Linear) -> Iterator[None]:
+    """UserError naming the linear where its numbers are not finite."""
+    try:
+        yield
     except (NotFinite, torch.linalg.LinAlgError) as problem:
         raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem

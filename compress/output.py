@@ -13,6 +13,7 @@ from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
 from compress.install import install
+from compress.menu import REMOVED
 from compress.methods import METHODS, NATS
 from compress.plan import Plan
 from compress.progress import Stage
@@ -21,14 +22,12 @@ from compress.sizes import Collected
 
 
 def loss_at(plan: Plan, collected: Collected, linear: Linear) -> float | None:
-    """The method's loss of a linear at its planned rank, in its own unit; None where it knows none (pruned channels)."""
-    rank = plan.ranks[linear.name]
-    if rank is None:
+    """The method's loss of a linear as it will be stored, in its own unit; None where it knows none (pruned channels)."""
+    choice = plan.choices[linear.name]
+    if choice is None:
         return 0.0
-    if rank == 0:
-        return None
     losses = collected.loss.get(linear.name)
-    return None if losses is None else losses[rank]
+    return None if losses is None or choice == REMOVED else losses[choice]
 
 
 def predicted_loss(plan: Plan, collected: Collected) -> float | None:
@@ -40,17 +39,17 @@ def predicted_loss(plan: Plan, collected: Collected) -> float | None:
 
 def changed_bias(plan: Plan, linear: Linear) -> int | None:
     """Elements of the bias that the linear's part changes or brings; None where it leaves the bias alone."""
-    storage, rank = plan.recipe.storage, plan.ranks[linear.name] or 0
-    pruned = FORMS[storage.form_of(linear)].prunes_outputs
-    low_rank = storage.form_of(linear) == storage.form
-    changes = (low_rank and METHODS[plan.recipe.decomposition].changes_bias) or pruned
-    return storage.bias_of(linear, rank) or None if changes else None
+    storage, spec = plan.recipe.storage, plan.spec(linear)
+    assert spec is not None
+    low_rank = spec.form == storage.form
+    changes = (low_rank and METHODS[plan.recipe.decomposition].changes_bias) or FORMS[spec.form].prunes_outputs
+    return storage.bias_of(linear, spec) or None if changes else None
 
 
 def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
     """Write the compressed checkpoint into ``directory``; returns the stage and the bytes of tensors."""
     parts = Parts(plan, work)
-    factored = [linear for linear in plan.structure.linears if plan.ranks[linear.name]]
+    factored = [linear for linear in plan.structure.linears if plan.choices[linear.name]]
     written: set[str] = set()
     with Stage("writing", len(factored), "matrices") as stage:
 
@@ -63,7 +62,8 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
                     stage.step()
                 return part
 
-            spec = plan.recipe.storage.spec(linear, plan.ranks[linear.name] or 0)
+            spec = plan.spec(linear)
+            assert spec is not None
             return Replacement(spec, linear.transposed, changed_bias(plan, linear), due)
 
         replaced = {linear.name: replacement(linear) for linear in factored}
@@ -90,13 +90,13 @@ def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch
 
 
 def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[dict[str, Any]]:
-    """One row per linear for the CSV: rank, kept parameters, relative error ``(loss / loss of dropping all)^0.5``, seconds."""
+    """One row per linear for the CSV: how it is stored, kept parameters, relative error ``(loss / loss of dropping all)^0.5``, seconds."""
     rows = []
     for layer in plan.structure.layers:
         notes = work.notes(stage_name(plan), layer.index)
         for linear in layer.linears:
-            rank = plan.ranks[linear.name]
-            parameters = plan.recipe.storage.parameters(linear, rank)
+            choice, spec = plan.choices[linear.name], plan.spec(linear)
+            parameters = plan.recipe.storage.parameters(linear, choice)
             loss = loss_at(plan, collected, linear)
             whole = collected.loss.get(linear.name, (0.0,))[0]
             rows.append(
@@ -105,7 +105,11 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "matrix": linear.local,
                     "d_out": linear.d_out,
                     "d_in": linear.d_in,
-                    "rank": {None: "dense", 0: "removed"}.get(rank, rank),
+                    "form": spec.form if spec else "dense" if choice is None else "removed",
+                    "rank": spec.rank if spec else "",
+                    "bits": spec.weight.bits if spec and spec.weight else "",
+                    "group_size": spec.weight.group_size if spec and spec.weight else "",
+                    "bytes": plan.recipe.storage.nbytes(linear, choice),
                     "parameters": parameters,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),
                     "relative_error": "" if loss is None else round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,

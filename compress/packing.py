@@ -96,6 +96,6 @@ def quantized_factors(part: LowRank, grid: Grid) -> QuantizedFactors:
     """Both factors rounded to the nearest on ``grid``; raises ValueError if ``part`` has a shift."""
     if part.shift is not None:
         raise ValueError("a shift has no place in quantized factors")
-    inner = round_to_nearest(part.b, grid, None, None, 0.0, part.b.dtype)
-    outer = round_to_nearest(part.a, grid, None, None, 0.0, part.a.dtype)
+    (inner,) = round_to_nearest(part.b, [grid], None, None, 0.0, part.b.dtype)
+    (outer,) = round_to_nearest(part.a, [grid], None, None, 0.0, part.a.dtype)
     return QuantizedFactors(outer, inner)

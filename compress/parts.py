@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,10 @@ class Factors:
     loss: torch.Tensor
     mean_input: torch.Tensor | None = None
     mean_output: torch.Tensor | None = None
+
+    def first(self, rank: int) -> Factors:
+        """The first ``rank`` directions alone."""
+        return replace(self, a=self.a[:, :rank], b=self.b[:rank], loss=self.loss[: rank + 1])
 
     def at_rank(self, rank: int) -> LowRank:
         """The part that keeps the first ``rank`` directions; raises ValueError if so many were not kept."""

@@ -29,7 +29,6 @@ from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
-from compress.methods import METHODS
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
@@ -47,6 +46,17 @@ COLLECTED = (
     "decomposition",
     "mode",
     "form",
+    "menu",
+    "quantizer",
+    "bits",
+    "group_size",
+    "zero_point",
+    "scales",
+    "token_weights",
+    "quantizer_damping",
+    "correction_rank",
+    "factor_bits",
+    "alternations",
     "damping",
     "fisher",
     "gradient_tokens",
@@ -152,7 +162,7 @@ def already_done(output: Path, identity: dict[str, Any], fresh: bool) -> bool:
 
 def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
     """The calibration windows, or None where the decomposition needs no text."""
-    if not METHODS[recipe.decomposition].needs:
+    if not recipe.needs:
         return None
     from transformers import AutoTokenizer
 

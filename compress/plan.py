@@ -11,16 +11,17 @@ import torch
 
 from calibration.labels import LOGIT_BYTES
 from calibration.moments import has_bfloat16_products
-from calibration.structure import Layer, Structure, discover
+from calibration.structure import Layer, Linear, Structure, discover
 from calibration.sweep import SAMPLES
 from checkpoint.errors import UserError
+from checkpoint.forms import Spec
 from checkpoint.source import Source, read_config
 from checkpoint.workdir import free_bytes
 from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
-from compress.methods import METHODS
+from compress.menu import REMOVED
 from compress.recipe import Recipe
-from compress.sizes import NOTHING, Collected, Sizes, choose_ranks, measure
+from compress.sizes import NOTHING, Collected, Sizes, choose, measure
 
 PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
@@ -38,16 +39,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated run: the source, its structure, ranks and sizes for one target ratio.
+    """A validated run: the source, its structure, choices and sizes for one target ratio.
 
-    Where the allocation reads losses, ranks and sizes are uniform ones until ``with_ranks`` puts the chosen in.
+    ``choices`` are from the menu of each linear (compress/menu.py). Where the allocation reads losses, they and the sizes are
+    uniform ones until ``with_choices`` puts the chosen in.
     """
 
     source: Source
     structure: Structure
     recipe: Recipe
     ratio: float
-    ranks: dict[str, int | None]
+    choices: dict[str, int | None]
     sizes: Sizes
     estimate: Estimate
     dtype_reason: str
@@ -55,10 +57,15 @@ class Plan:
     @property
     def removed(self) -> list[Layer]:
         """Layers that are removed as a whole."""
-        return removed_layers(self.structure, self.ranks)
+        return removed_layers(self.structure, self.choices)
 
-    def with_ranks(self, collected: Collected) -> Plan:
-        """The plan with the ranks that its allocation chooses from what was collected."""
+    def spec(self, linear: Linear) -> Spec | None:
+        """How a linear will be stored; None where it stays dense or is removed."""
+        choice = self.choices[linear.name]
+        return self.recipe.storage.spec(linear, choice) if choice else None
+
+    def with_choices(self, collected: Collected) -> Plan:
+        """The plan with what its allocation chooses from what was collected."""
         return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, collected)
 
 
@@ -100,28 +107,30 @@ def make_plan(
     allocation = recipe.allocation
     if ALLOCATIONS[allocation].reads and collected is NOTHING and not ALLOCATIONS[allocation].plans_itself:
         allocation = "uniform"
-    ranks = choose_ranks(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
+    choices = choose(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
     beside = [
         source.stored(name)
-        for layer in removed_layers(structure, ranks)
+        for layer in removed_layers(structure, choices)
         for name in source.parameter_names([layer.path])
         if name not in {f"{linear.name}.weight" for linear in layer.linears}
     ]
     removed = sum(item.nbytes for item in beside), sum(torch.Size(item.shape).numel() for item in beside)
-    sizes = measure(linears, ranks, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)
+    sizes = measure(linears, choices, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
-            f"--target-ratio {ratio:g} cannot be met to 0.005: ranks and layers are whole and the nearest below gives "
+            f"--target-ratio {ratio:g} cannot be met to 0.005: ranks, bits and layers are whole and the nearest below gives "
             f"{sizes.achieved_ratio:.4f}; ask for that"
         )
-    return Plan(source, structure, recipe, ratio, ranks, sizes, _estimate(source, structure, recipe, sizes), reason)
+    return Plan(source, structure, recipe, ratio, choices, sizes, _estimate(source, structure, recipe, sizes), reason)
 
 
-def removed_layers(structure: Structure, ranks: Mapping[str, int | None]) -> list[Layer]:
+def removed_layers(structure: Structure, choices: Mapping[str, int | None]) -> list[Layer]:
     """Layers of which nothing is left."""
     return [
-        layer for layer in structure.layers if layer.linears and all(ranks[item.name] == 0 for item in layer.linears)
+        layer
+        for layer in structure.layers
+        if layer.linears and all(choices[item.name] == REMOVED for item in layer.linears)
     ]
 
 
@@ -138,9 +147,9 @@ def check_disk(plan: Plan, output: Path, work: Path) -> None:
 
 def _estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes) -> Estimate:
     width = max(linear.d_in for linear in structure.layers[0].groups[0].linears)
-    tokens = recipe.calibration_tokens if METHODS[recipe.decomposition].needs else 0
+    tokens = recipe.calibration_tokens if recipe.needs else 0
     itemsize = source.compute_dtype.itemsize
-    backward = METHODS[recipe.decomposition].backward
+    backward = recipe.backward
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
     hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
@@ -168,7 +177,7 @@ def _bytes(source: Source, names: list[str]) -> int:
 def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> int:
     weights = _bytes(source, source.parameter_names([layer.path]))
     batch = min(tokens, recipe.micro_batch * recipe.sequence_length)
-    copies = 4 if METHODS[recipe.decomposition].backward else 2
+    copies = 4 if recipe.backward else 2
     widths = sum(linear.d_in + linear.d_out for linear in layer.linears)
     activations = copies * batch * widths * source.compute_dtype.itemsize
     moments = 4 * sum(
@@ -179,7 +188,7 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
     )
     largest = max(layer.linears, key=lambda linear: linear.d_in * linear.d_out)
     solving = 8 * (3 * largest.d_in * largest.d_out + 5 * min(largest.d_in, largest.d_out) ** 2)
-    if METHODS[recipe.decomposition].backward:
+    if recipe.backward:
         moments += 4 * sum(min(linear.d_in, linear.d_out) ** 2 for linear in layer.linears)
         inputs = sum(group.linears[0].d_in for group in layer.groups)
         outputs = sum(linear.d_out for linear in layer.linears)
@@ -192,7 +201,7 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
 
 
 def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) -> float:
-    backward = METHODS[recipe.decomposition].backward
+    backward = recipe.backward
     passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else BACKWARD_PASSES if backward else 1.0
     flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
     squares = sum(
@@ -231,22 +240,22 @@ def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> 
 def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
-    ranks = f"{sum(rank is not None for rank in plan.ranks.values())} of {len(plan.ranks)} linears compressed"
+    chosen = f"{sum(choice is not None for choice in plan.choices.values())} of {len(plan.choices)} linears compressed"
     if plan.removed:
-        ranks = f"{len(plan.removed)} of {len(plan.structure.layers)} layers removed"
+        chosen = f"{len(plan.removed)} of {len(plan.structure.layers)} layers removed"
     open_yet = bool(ALLOCATIONS[recipe.allocation].reads) and not ALLOCATIONS[recipe.allocation].plans_itself
     if open_yet:
-        ranks = "ranks are chosen when the losses are known"
+        chosen = "each linear's share is chosen when the losses are known"
     lines = [
         f"model      {source.directory}: {type(source.model).__name__}, {len(plan.structure.layers)} layers, "
         f"{sizes.bytes_before / 1e6:.1f} MB, computed in {str(source.compute_dtype).removeprefix('torch.')} ({plan.dtype_reason})",
         f"recipe     {recipe.name}: {recipe.summary} [{recipe.decomposition}, {recipe.allocation}, {recipe.mode}]",
         f"sizes      asked {plan.ratio:g} of the {recipe.ratio_scope}, planned {'about ' if open_yet else ''}{sizes.achieved_ratio:.4f}: "
-        f"{sizes.bytes_after / 1e6:.1f} MB, {ranks}",
+        f"{sizes.bytes_after / 1e6:.1f} MB, {chosen}",
         f"           decoder parameters {sizes.decoder_linear_parameters:.3f}, model parameters {sizes.model_parameters:.3f}, "
         f"bytes {sizes.model_bytes:.3f}, {sizes.bits_per_decoder_weight:.2f} bits per decoder weight",
         f"text       {recipe.calibration}, {recipe.calibration_tokens:,} tokens in windows of {recipe.sequence_length}"
-        if METHODS[recipe.decomposition].needs
+        if recipe.needs
         else "text       none needed",
         f"needs      about {estimate.memory_bytes / 1e9:.1f} GB memory, {(estimate.disk_bytes + sizes.bytes_after) / 1e9:.2f} GB disk, "
         f"{_duration(estimate.seconds)} before evaluation",

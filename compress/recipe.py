@@ -12,12 +12,16 @@ from typing import Any
 
 import yaml
 
+from calibration.moments import OF_GRADIENTS
 from checkpoint.errors import UserError
+from checkpoint.forms import Grid
 from compress.allocations import ALLOCATIONS
+from compress.candidates import Quantization
+from compress.menu import Storage
 from compress.methods import METHODS
 from compress.pivoting import PART_FORMS
+from compress.quantizers import QUANTIZERS
 from compress.refit import REFITS
-from compress.sizes import Storage
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decomposition": tuple(METHODS),
@@ -30,7 +34,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
     "refit": REFITS,
+    "quantizer": ("none", *QUANTIZERS),
+    "menu": ("low-rank", "packed", "all"),
+    "zero_point": ("none", "stored"),
+    "scales": ("float", "power-of-two"),
+    "token_weights": ("equal", "gradient"),
 }
+NUMBERS = ("bits", "group_size", "correction_rank")  # fields of several numbers; YAML reads a single one as an integer
+RANKED = ("uniform", "pooled")  # allocations that choose from any menu; the others choose ranks
 MICRO_BATCH_TOKENS = 2048
 
 
@@ -47,6 +58,13 @@ class Recipe:
     backward; a sensitivity search measures on the first ``search_tokens``; ``refit`` refits each outer factor on the
     compressed model's inputs, ``refit_ridge`` holding it to what it was; ``calibration`` is a file, a dataset or
     ``offline``, or several by comma (each an equal share); ``evaluate`` is a preset, tasks, or ``none``.
+
+    ``menu`` says what a linear may become: a product of low rank, packed integers (by ``quantizer``, on grids of each of ``bits`` and
+    each ``group_size``, 0 being a row), or either. The decomposition then makes up for the quantization error with each
+    of the ranks ``correction_rank``, its factors in ``factor_bits``. These are numbers by comma, and ranges: ``2-4,8``.
+    ``token_weights: gradient`` counts tokens by the squared norm of their loss gradient wherever the input's moment is used for
+    quantization; ``quantizer_damping`` is the multiple of its mean diagonal that is added to it; ``alternations`` is how many
+    times the weight is quantized again without what the correction holds of it.
     """
 
     name: str
@@ -57,6 +75,17 @@ class Recipe:
     allocation: str = "uniform"
     feed_forward: str = "decompose"
     form: str = "factors"
+    menu: str = "low-rank"
+    quantizer: str = "none"
+    bits: str = "4"
+    group_size: str = "64"
+    zero_point: str = "none"
+    scales: str = "float"
+    token_weights: str = "equal"
+    quantizer_damping: float = 0.01
+    correction_rank: str = "0"
+    factor_bits: int = 16
+    alternations: int = 0
     damping: float = 0.0
     fisher: str = "sampled"
     gradient_tokens: int = 65536
@@ -115,6 +144,59 @@ class Recipe:
                 "seed and refit_ridge not negative, and damping from 0 to below 1"
             )
 
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        ranks = numbers(self.correction_rank, f"recipe {self.name}: correction_rank", 0, 2**20)
+        numbers(self.bits, f"recipe {self.name}: bits", 2, 8)
+        numbers(self.group_size, f"recipe {self.name}: group_size", 0, 2**20)
+        problem = None
+        if (self.menu == "low-rank") != (self.quantizer == "none"):
+            problem = "menu: packed or all goes with a quantizer, menu: low-rank with none"
+        elif self.quantizer != "none" and self.allocation not in RANKED:
+            problem = f"allocation {self.allocation} chooses ranks; with a quantizer say one of {', '.join(RANKED)}"
+        elif self.quantizer != "none" and (self.refit != "none" or self.feed_forward == "prune"):
+            problem = "refits and pruned channels do not go with a quantizer"
+        elif self.quantizer != "none" and METHODS[self.decomposition].changes_bias:
+            problem = (
+                f"{self.decomposition} brings a bias, which a packed linear does not; choose another decomposition"
+            )
+        elif self.factor_bits not in (4, 8, 16):
+            problem = f"factor_bits must be 4, 8 or 16, is {self.factor_bits}"
+        elif self.zero_point == "stored" and self.scales == "power-of-two":
+            problem = "scales that are powers of two have no zero point"
+        elif self.alternations and len(ranks) != 1:
+            problem = "alternations need one fixed correction_rank"
+        elif self.alternations < 0 or not 0 <= self.quantizer_damping < 1:
+            problem = "alternations must not be negative, and quantizer_damping from 0 to below 1"
+        elif self.backward and self.mode != "one-shot":
+            problem = f"{self.quantizer} needs the whole dense model's statistics; say mode: one-shot"
+        if problem:
+            raise UserError(f"recipe {self.name}: {problem}")
+
+    @property
+    def quantization(self) -> Quantization:
+        """How packed candidates are made."""
+        return Quantization(
+            self.quantizer,
+            self.token_weights == "gradient",
+            self.quantizer_damping,
+            self.decomposition,
+            self.damping,
+            self.alternations,
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The moments that the recipe collects."""
+        needs = METHODS[self.decomposition].needs
+        return needs if self.quantizer == "none" else needs | self.quantization.needs
+
+    @property
+    def backward(self) -> bool:
+        """Whether a backward pass is needed."""
+        return bool(self.needs & (OF_GRADIENTS | {"samples"}))
+
     @property
     def calibration_texts(self) -> list[str]:
         """The calibration texts by name; an existing file may have a comma in its own."""
@@ -131,7 +213,25 @@ class Recipe:
     def storage(self) -> Storage:
         """How the low-rank linears are stored; a new bias has no place in a stock architecture."""
         adds_bias = METHODS[self.decomposition].changes_bias and self.export == "factored"
-        return Storage(self.form, adds_bias, self.feed_forward == "prune")
+        return Storage(
+            self.form,
+            adds_bias,
+            self.feed_forward == "prune",
+            low_rank=self.menu != "packed",
+            grids=self.grids if self.menu != "low-rank" else (),
+            correction_ranks=numbers(self.correction_rank, "correction_rank", 0, 2**20),
+            factor_grid=Grid(self.factor_bits) if self.factor_bits < 16 else None,
+        )
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids of packed weights."""
+        symmetric, power_of_two = self.zero_point == "none", self.scales == "power-of-two"
+        return tuple(
+            Grid(bits, group, symmetric, power_of_two)
+            for bits in numbers(self.bits, "bits", 2, 8)
+            for group in numbers(self.group_size, "group_size", 0, 2**20)
+        )
 
     @property
     def gradient_windows(self) -> int:
@@ -150,6 +250,19 @@ class Recipe:
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with the fields that are not None changed."""
         return dataclasses.replace(self, **{key: value for key, value in changes.items() if value is not None})
+
+
+def numbers(text: str, what: str, low: int, high: int) -> tuple[int, ...]:
+    """``2-4,8`` as (2, 3, 4, 8), rising; raises UserError naming ``what`` if it is not that, or not from ``low`` to ``high``."""
+    found: set[int] = set()
+    for piece in text.split(","):
+        first, _, last = piece.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise UserError(f"{what} must be numbers by comma, or ranges as 2-4, is {text!r}")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found or min(found) < low or max(found) > high:
+        raise UserError(f"{what} must be from {low} to {high}, is {text!r}")
+    return tuple(sorted(found))
 
 
 def _not_known(value: str, known: tuple[str, ...]) -> str:
@@ -190,4 +303,5 @@ def load_recipe(name_or_file: str) -> Recipe:
     missing = [key for key in ("name", "decomposition", "mode") if key not in raw]
     if missing:
         raise UserError(f"recipe {name_or_file} lacks the field {missing[0]}")
-    return Recipe(**raw)
+    fields: dict[str, Any] = {key: str(value) if key in NUMBERS else value for key, value in raw.items()}
+    return Recipe(**fields)

@@ -1,8 +1,8 @@
 """What collecting leaves in the work directory, and how the plan's parts are read back.
 
-Stage ``factors`` holds every linear's ordered factors at every rank that saves, from the dense model's statistics: any
-ratio is a slice. A walk over the compressed model (sequential recipes, and refits) belongs to one choice of ranks and has a
-stage of its own.
+Stage ``factors`` holds, from the dense model's statistics, every linear's ordered factors at every rank that saves, and its codes
+on every grid that may be chosen: any ratio is a slice. A walk over the compressed model (sequential recipes, and refits)
+belongs to one set of choices and has a stage of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Mapping
 import torch
 
 from calibration.structure import Linear
-from checkpoint.forms import Part
+from checkpoint.forms import Grid, Part, Spec
 from checkpoint.workdir import WorkDirectory
-from compress.parts import Channels, Factors
+from compress.candidates import Candidate
+from compress.packing import Packed, quantized_factors
+from compress.parts import Channels, Factors, LowRank
 from compress.pivoting import PART_FORMS
 from compress.plan import Plan
+from compress.quantizers import Quantized
 from compress.sizes import Collected
 
 DENSE_STAGE = "factors"
@@ -51,13 +54,39 @@ def from_record(tensors: Mapping[str, torch.Tensor], linear: Linear) -> Factors:
     return Factors(a, b, loss, *means)
 
 
-def part_of(plan: Plan, tensors: Mapping[str, torch.Tensor], linear: Linear, rank: int) -> Part:
-    """The part that a plan stores: recorded factors cut to a rank, in the recipe's form, or recorded channels."""
-    form = plan.recipe.storage.form_of(linear)
-    if form in PART_FORMS:
-        return PART_FORMS[form](from_record(tensors, linear).at_rank(rank))
+def part_of(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec) -> Part:
+    """The part that a plan stores: recorded factors or codes, cut to a rank and put in their form, or recorded channels."""
+    if spec.weight is not None:
+        return _packed_part(tensors, linear, spec, spec.weight)
+    if spec.form in PART_FORMS:
+        return PART_FORMS[spec.form](from_record(tensors, linear).at_rank(spec.rank))
     weight, kept = tensors[f"{linear.local}.weight"], tensors[f"{linear.local}.kept"]
-    return Channels(weight, kept, (linear.d_out, linear.d_in), form)
+    return Channels(weight, kept, (linear.d_out, linear.d_in), spec.form)
+
+
+def candidate_record(found: Candidate, linear: Linear) -> dict[str, torch.Tensor]:
+    """Codes, scales and correction of a candidate, by linear and grid."""
+    tensors = {"codes": found.weight.codes, "scale": found.weight.scale}
+    if found.weight.zero is not None:
+        tensors["zero"] = found.weight.zero
+    if found.correction is not None:
+        tensors |= {"a": found.correction.a.to(linear.dtype), "b": found.correction.b.to(linear.dtype)}
+    return {f"{linear.local}.{_tag(found.weight.grid)}.{key}": value for key, value in tensors.items()}
+
+
+def _tag(grid: Grid) -> str:
+    """A grid's name in a record."""
+    kind = "exponents" if grid.power_of_two else "symmetric" if grid.symmetric else "asymmetric"
+    return f"{grid.bits}-{grid.group_size}-{kind}"
+
+
+def _packed_part(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec, grid: Grid) -> Packed:
+    prefix = f"{linear.local}.{_tag(grid)}"
+    weight = Quantized(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors.get(f"{prefix}.zero"), grid)
+    if not spec.rank:
+        return Packed(weight)
+    correction = LowRank(tensors[f"{prefix}.a"][:, : spec.rank], tensors[f"{prefix}.b"][: spec.rank])
+    return Packed(weight, quantized_factors(correction, spec.factors) if spec.factors else correction)
 
 
 class Parts:
@@ -68,14 +97,14 @@ class Parts:
         self._index, self._tensors = -1, dict[str, torch.Tensor]()
 
     def part(self, linear: Linear) -> Part | None:
-        """The linear's part at its planned rank; None where it stays dense."""
-        rank = self._plan.ranks[linear.name]
-        if rank is None:
+        """The linear's part as planned; None where it stays dense."""
+        spec = self._plan.spec(linear)
+        if spec is None:
             return None
         if linear.layer != self._index:
             self._tensors = self._work.get(stage_name(self._plan), linear.layer)
             self._index = linear.layer
-        return part_of(self._plan, self._tensors, linear, rank)
+        return part_of(self._tensors, linear, spec)
 
 
 def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> Collected:

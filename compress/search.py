@@ -20,6 +20,7 @@ from compress.install import module_for
 from compress.plan import Plan
 from compress.progress import Stage
 from compress.records import DENSE_STAGE, SEARCH_STAGE, part_of
+from compress.sizes import curve_of
 
 
 def search(plan: Plan, windows: Windows, work: WorkDirectory) -> Stage:
@@ -62,8 +63,12 @@ def _modules(
 ) -> Iterator[dict[str, torch.nn.Module]]:
     """One linear of the layer at one ratio after the other; the linear itself where that ratio has no rank."""
     for linear, ratio in tried:
-        rank = at_ratio(plan.recipe.storage.curve(linear), ratio)
+        rank = at_ratio(curve_of(plan.recipe.storage, linear), ratio)
         if rank is None:
             yield {}
         else:
-            yield {linear.local: module_for(plan, open_layer, linear, part_of(plan, record, linear, rank))}
+            yield {
+                linear.local: module_for(
+                    plan, open_layer, linear, part_of(record, linear, plan.recipe.storage.spec(linear, rank))
+                )
+            }

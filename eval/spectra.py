@@ -31,7 +31,7 @@ def write_spectra(path: Path, plan: Any, spectra: Mapping[str, Sequence[float]])
             shares = [index / len(normal) for index in range(len(normal))]
             colour = plt.get_cmap("viridis")(linear.layer / depth)
             axes.plot(shares, normal, color=colour, linewidth=0.8)
-            rank = plan.ranks[linear.name]
+            rank = plan.choices[linear.name]
             if rank is not None and rank < len(normal):
                 axes.plot(shares[rank], normal[rank], "o", color=colour, markersize=3)
         axes.set(title=role, xlabel="share of the ranks")

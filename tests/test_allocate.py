@@ -8,24 +8,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from calibration.structure import Linear
-from checkpoint.forms import FORMS
+from checkpoint.forms import Grid
 from compress.allocations import ALLOCATIONS, Curve, Unreachable
 from compress.allocations.curve import taken
-from compress.allocations.pooled import hull_steps, pooled
+from compress.allocations.pooled import lower_hull, pooled
 from compress.allocations.sensitivity import RATIOS
 from compress.allocations.uniform import uniform
 from compress.allocations.welore import at_threshold
-from compress.sizes import Storage
+from compress.menu import Storage
+from compress.pivoting import PART_FORMS
 
 
 def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors", layer: int = 0, role: str = "query") -> Curve:
     """A linear of a random falling, not always convex, loss."""
     linear = Linear("", "", layer, d_out, d_in, transposed=False, has_bias=False, dtype=torch.bfloat16, role=role)
-    sizes = Storage(form).curve(linear).sizes
+    sizes = Storage(form).sizes(linear)
     generator = torch.Generator().manual_seed(seed)
     power = torch.rand(len(sizes) - 1, generator=generator, dtype=torch.float64) ** 4
     power = power.sort(descending=True).values if seed % 2 else power
@@ -38,7 +40,7 @@ def curve(d_out: int, d_in: int, seed: int = 0, form: str = "factors", layer: in
     return replace(found, sensitivity=searched)
 
 
-FORM = st.sampled_from(sorted(FORMS))
+FORM = st.sampled_from(sorted(PART_FORMS))
 ROLE = st.sampled_from(["query", "key", "value", "attention output", "up", "other"])
 SIDE = st.integers(2, 60)
 CURVES = st.lists(
@@ -99,6 +101,15 @@ def test_a_larger_budget_never_lowers_a_rank(curves, one, other):
     assert all(before <= after for before, after in pairs)
 
 
+def hull_steps(curves: list[Curve]) -> list[tuple[int, int | None]]:
+    """Whose choice becomes which, steepest first."""
+    steps = []
+    for index, item in enumerate(curves):
+        for a, b in itertools.pairwise(lower_hull(item)):
+            steps.append((-(a.loss - b.loss) / (b.nbytes - a.nbytes), index, b.choice))
+    return [(index, choice) for _, index, choice in sorted(steps, key=lambda step: step[:2])]
+
+
 @given(
     st.lists(st.builds(curve, st.integers(3, 9), st.integers(3, 9), st.integers(0, 99), FORM), min_size=1, max_size=3),
     st.floats(0, 1),
@@ -108,22 +119,77 @@ def test_pooled_against_brute_force(curves, fraction):
     floor, dense = sum(item.smallest for item in curves), sum(item.dense for item in curves)
     choices = [[*range(1, item.largest + 1), None] for item in curves]
     everything = [(taken(curves, list(pick)), loss(curves, list(pick))) for pick in itertools.product(*choices)]
-    steps = [step for index, item in enumerate(curves) for step in hull_steps(item, index)]
-    steps.sort(key=lambda step: (-step.slope, step.index))
+    steps = hull_steps(curves)
 
     def best(budget: int) -> float:
         return min(cost for size, cost in everything if size <= budget)
 
     ranks: list[int | None] = [choice[0] for choice in choices]
     worst = 0.0
-    for step in steps:
+    for index, choice in steps:
         before = loss(curves, ranks)
-        ranks[step.index] = step.to
+        ranks[index] = choice
         worst = max(worst, before - loss(curves, ranks))
         assert pooled(curves, taken(curves, ranks)) == ranks
         assert loss(curves, ranks) <= best(taken(curves, ranks)) + 1e-9
     budget = floor + int(fraction * (dense - floor))
     assert loss(curves, pooled(curves, budget)) <= best(budget) + worst + 1e-9
+
+
+def mixed(seed: int) -> Curve:
+    """A menu of ranks, bits and corrections, whose losses do not follow the bytes, and some of which are not to be had."""
+    linear = Linear("", "", 0, 16, 32, transposed=False, has_bias=False, dtype=torch.bfloat16, role="up")
+    grids = (Grid(2, 8), Grid(4, 8), Grid(4), Grid(8))
+    sizes = Storage("pivoted", grids=grids, correction_ranks=(0, 2, 5)).sizes(linear)
+    generator = torch.Generator().manual_seed(seed)
+    losses = (torch.tensor(sizes, dtype=torch.float64).clamp(min=1) / 1000).pow(-2) * torch.exp(
+        torch.randn(len(sizes), generator=generator, dtype=torch.float64)
+    )
+    losses[torch.rand(len(sizes), generator=generator) < 0.3] = math.inf
+    losses[seed % 5 + 1] = 1e3  # something is always there
+    return Curve(linear.nbytes, sizes, tuple(losses.tolist()))
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=5), st.floats(0, 1))
+@settings(deadline=None, max_examples=40)
+def test_pooled_menus_against_integer_programming(seeds, fraction):
+    """Equal to the optimum of scipy's milp at the hull's own budgets, at most the last step's loss from it elsewhere."""
+    curves = [mixed(seed) for seed in seeds]
+    hulls = [lower_hull(item) for item in curves]
+
+    def optimum(budget: int) -> float:
+        options = [
+            [(item.sizes[choice], item.loss[choice]) for choice in range(1, item.largest + 1)] + [(item.dense, 0.0)]
+            for item in curves
+        ]
+        flat = [(index, *option) for index, item in enumerate(options) for option in item if math.isfinite(option[1])]
+        one_each = [[float(index == row) for index, _, _ in flat] for row in range(len(curves))]
+        found = milp(
+            [cost for _, _, cost in flat],
+            integrality=[1] * len(flat),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint([[size for _, size, _ in flat]], -math.inf, budget),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        return float(found.fun)
+
+    choices: list[int | None] = [hull[0].choice for hull in hulls]
+    worst = 0.0
+    for index, choice in hull_steps(curves):
+        before = loss(curves, choices)
+        choices[index] = choice
+        worst = max(worst, before - loss(curves, choices))
+        budget = taken(curves, choices)
+        assert pooled(curves, budget) == choices
+        assert loss(curves, choices) == pytest.approx(optimum(budget), rel=1e-5, abs=1e-5)
+    floor, dense = sum(hull[0].nbytes for hull in hulls), sum(item.dense for item in curves)
+    budget = floor + int(fraction * (dense - floor))
+    found = pooled(curves, budget)
+    assert taken(curves, found) <= budget
+    assert loss(curves, found) <= optimum(budget) + worst + 1e-5
 
 
 def square(role: str, layer: int = 0, seed: int = 1) -> Curve:

@@ -119,22 +119,34 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(("form", "module"), [("factors", "FactoredLinear"), ("pivoted", "PivotedLinear")])
-def test_compressed_checkpoints_load_generate_and_save_again(models, text, tmp_path, form, module):
+PACKED = {"group_size": "8", "zero_point": "stored", "correction_rank": "1-4", "factor_bits": 8}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "recipes", "changes", "module"),
+    [
+        (0.8, ("svd-llm", "llm-rom"), {"form": "factors"}, "FactoredLinear"),
+        (0.8, ("svd-llm", "llm-rom"), {"form": "pivoted"}, "PivotedLinear"),
+        (0.45, ("eora", "l2qer"), PACKED | {"scales": "float"}, "PackedLinear"),
+    ],
+    ids=["factors", "pivoted", "packed"],
+)
+def test_compressed_checkpoints_load_generate_and_save_again(models, text, tmp_path, ratio, recipes, changes, module):
     """All architectures in one fresh process, after the run's own check in a process each."""
     outputs = []
     for name in zoo.ARCHITECTURES:
-        recipe = load_recipe("llm-rom" if name in ("gpt2", "falcon", "mixtral") else "svd-llm").override(
+        recipe = load_recipe(recipes[name in ("gpt2", "falcon", "mixtral")]).override(
             {
                 **{"calibration": str(text), "calibration_tokens": 2048, "sequence_length": 64},
-                **{"evaluate": "none", "ratio_scope": "decoder", "form": form},
+                **{"evaluate": "none", "ratio_scope": "decoder"},
+                **changes,
             }
         )
         output = tmp_path / name
-        pipeline.run(pipeline.Request(str(models(name)), (0.8,), recipe, output, tmp_path / f"{name}.work"))
+        pipeline.run(pipeline.Request(str(models(name)), (ratio,), recipe, output, tmp_path / f"{name}.work"))
         outputs.append(output)
         report = json.loads((output / "report.json").read_text())
-        assert abs(report["sizes"]["achieved_ratio"] - 0.8) <= 0.005
+        assert abs(report["sizes"]["achieved_ratio"] - ratio) <= 0.005
         assert bool(report["left_dense"]) == (name == "mixtral"), "what is left dense is listed"
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path / "again"), *map(str, outputs)],

@@ -26,6 +26,7 @@ from compress.plan import make_plan
 from compress.recipe import load_recipe, recipe_names
 from compress.records import DENSE_STAGE, part_of
 from compress.refit import refit
+from compress.sizes import curve_of
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (6, 20)]  # the last: the few key/value heads of grouped queries
 
@@ -119,6 +120,8 @@ def test_every_recipe_on_every_architecture(models, text, tmp_path, name, recipe
         {"ratio_scope": "decoder", "calibration_tokens": 512, "sequence_length": 32}
     )
     ratio = 0.7
+    if recipe.quantizer != "none":  # groups that divide these narrow linears, and a ratio where bits are scarce
+        ratio, recipe = 0.25, recipe.override({"group_size": "16", "correction_rank": "0-6"})
     if recipe.decomposition == "none":
         ratio = 0.667  # two layers of three
     if recipe.feed_forward == "prune" and name == "falcon":
@@ -128,12 +131,13 @@ def test_every_recipe_on_every_architecture(models, text, tmp_path, name, recipe
     plan = make_plan(source, structure, recipe, ratio, "")
     windows = make_windows(AutoTokenizer.from_pretrained(models(name)), [str(text)], 512, 32, 0, zoo.VOCABULARY)
     work = WorkDirectory(tmp_path / "work", {}, fresh=False)
-    plan, collected, _ = driver.collect(plan, windows if METHODS[recipe.decomposition].needs else None, work)
+    plan, collected, _ = driver.collect(plan, windows if recipe.needs else None, work)
     assert abs(plan.sizes.achieved_ratio - ratio) <= 0.005
     logits = output.expected_logits(plan, work, windows.ids[:1])
     assert torch.isfinite(logits).all()
     rows = output.matrix_rows(plan, work, collected)
-    assert len(rows) == len(structure.linears) and all(0 <= (row["relative_error"] or 0) <= 1 for row in rows)
+    assert len(rows) == len(structure.linears)
+    assert max(row["relative_error"] or 0 for row in rows) <= 1, rows
     work.close()
 
 
@@ -304,15 +308,15 @@ def test_the_search_measures_the_model_with_one_linear_compressed(models, text, 
     linear = plan.structure.linears[8]
     whole = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
     for ratio, loss in list(zip(RATIOS, collected.sensitivity[linear.name], strict=True))[::2]:
-        rank = at_ratio(recipe.storage.curve(linear), ratio)
-        part = part_of(plan, work.get(DENSE_STAGE, linear.layer), linear, rank)
+        rank = at_ratio(curve_of(recipe.storage, linear), ratio)
+        part = part_of(work.get(DENSE_STAGE, linear.layer), linear, recipe.storage.spec(linear, rank))
         before = whole.get_submodule(linear.name)
         whole.set_submodule(linear.name, stored_module(part, None, torch.float32))
         with torch.no_grad():
             expected = whole(windows.ids[:3], labels=windows.ids[:3]).loss
         whole.set_submodule(linear.name, before)
         assert abs(loss - float(expected)) < 1e-4
-    curves = [recipe.storage.curve(item, collected) for item in plan.structure.linears]
+    curves = [curve_of(recipe.storage, item, collected) for item in plan.structure.linears]
     odd = 0
     for threshold in sorted({loss for curve in curves for loss in curve.sensitivity}):
         picked = []
@@ -321,7 +325,9 @@ def test_the_search_measures_the_model_with_one_linear_compressed(models, text, 
             picked.append(at_ratio(curve, fitting[0]) if fitting else None)
         size = sum(curve.nbytes(rank) for curve, rank in zip(curves, picked, strict=True))
         if size <= plan.sizes.achieved_ratio * sum(curve.dense for curve in curves):
-            odd = sum(plan.ranks[item.name] != rank for item, rank in zip(plan.structure.linears, picked, strict=True))
+            odd = sum(
+                plan.choices[item.name] != rank for item, rank in zip(plan.structure.linears, picked, strict=True)
+            )
             break
     assert odd <= 1, "one threshold explains all ranks but that of the linear that got the remainder"
     work.close()

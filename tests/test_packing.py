@@ -43,7 +43,7 @@ GRIDS = [
 def parts(grid: Grid, rank: int, factor_bits: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(grid.bits)
     weight = torch.randn(20, 24, generator=generator) * 0.1
-    quantized = round_to_nearest(weight, grid, None, None, 0.0, dtype)
+    (quantized,) = round_to_nearest(weight, [grid], None, None, 0.0, dtype)
     if not rank:
         return Packed(quantized)
     low = LowRank(
@@ -87,7 +87,9 @@ def test_quantized_factors_are_a_linear_of_their_own():
 
 
 def test_power_of_two_scales_take_a_byte():
-    quantized = round_to_nearest(torch.randn(4, 32) * 1e-3, Grid(4, 8, True, True), None, None, 0.0, torch.bfloat16)
+    (quantized,) = round_to_nearest(
+        torch.randn(4, 32) * 1e-3, [Grid(4, 8, True, True)], None, None, 0.0, torch.bfloat16
+    )
     stored = packed_tensors("", quantized)
     assert stored["weight_scale"].dtype == torch.uint8
     assert torch.equal(torch.exp2(stored["weight_scale"].float() - 127), quantized.scale.float())

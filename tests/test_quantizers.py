@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.quantizers import QUANTIZERS, Grid, two_sided
-from compress.quantizers.gptq import Columns, gptq, inverse_root
+from compress.quantizers.gptq import Columns, Levels, gptq, inverse_root
 from compress.quantizers.grid import find_scales, round_to, values
 
 GRIDS = [
@@ -33,8 +33,8 @@ def weight_of(d_out: int, d_in: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_codes_stay_in_the_grid_and_scales_are_as_stored(name, grid):
-    found = QUANTIZERS[name].quantize(
-        weight_of(12, 32, 1), grid, correlated(32, 100, 2), correlated(12, 60, 3), 0.01, torch.bfloat16
+    (found,) = QUANTIZERS[name].quantize(
+        weight_of(12, 32, 1), [grid], correlated(32, 100, 2), correlated(12, 60, 3), 0.01, torch.bfloat16
     )
     assert found.codes.dtype == torch.int8 and found.codes.shape == (12, 32)
     assert grid.lowest <= found.codes.min() and found.codes.max() <= grid.highest
@@ -70,8 +70,8 @@ def test_a_weight_on_the_grid_comes_back_exactly():
     scale = torch.exp2(torch.randint(-6, 0, (6, 2), generator=generator).float())
     weight = values(codes, scale, None)
     for name in QUANTIZERS:
-        found = QUANTIZERS[name].quantize(
-            weight, grid, correlated(16, 64, 3), correlated(6, 64, 4), 0.01, torch.bfloat16
+        (found,) = QUANTIZERS[name].quantize(
+            weight, [grid], correlated(16, 64, 3), correlated(6, 64, 4), 0.01, torch.bfloat16
         )
         assert torch.equal(found.dense(), weight), name
 
@@ -104,7 +104,7 @@ def test_gptq_solves_its_normal_equations(symmetric, width):
     """Fix the columns quantized so far, solve for the free ones directly, round the next: the same codes."""
     grid, damping = Grid(3, 8, symmetric), 0.01
     weight, moment = weight_of(5, width, 7), correlated(width, 3 * width, 8)
-    found = gptq(weight, grid, moment, None, damping, torch.bfloat16)
+    (found,) = gptq(weight, [grid], moment, None, damping, torch.bfloat16)
     damped = moment.double() + damping * moment.double().diagonal().mean() * torch.eye(width, dtype=torch.float64)
     order = moment.diagonal().argsort(descending=True, stable=True).tolist()
     scale, zero = find_scales(weight, grid, moment.diagonal(), torch.bfloat16)
@@ -127,7 +127,8 @@ def test_each_quantizer_loses_least_by_what_it_minimises():
     weight, moment, gradient = weight_of(96, 64, 9), correlated(64, 200, 10), correlated(96, 300, 11)
     one_sided, both = {}, {}
     for name, quantizer in QUANTIZERS.items():
-        off = quantizer.quantize(weight, Grid(3, 16), moment, gradient, 0.01, torch.bfloat16).dense() - weight
+        (found,) = quantizer.quantize(weight, [Grid(3, 16)], moment, gradient, 0.01, torch.bfloat16)
+        off = found.dense() - weight
         one_sided[name] = float((off @ moment * off).sum())
         both[name] = float((gradient @ off @ moment * off).sum())
     assert one_sided["gptq"] < 0.6 * one_sided["rtn"]
@@ -140,7 +141,7 @@ def test_two_sided_rounding_is_optimal_row_after_row(monkeypatch):
     monkeypatch.setattr(two_sided, "OUTPUT_DAMPING", 0.01)
     grid, damping, rows = Grid(3, 8), 0.01, 6
     weight, moment, gradient = weight_of(rows, 16, 12), correlated(16, 60, 13), correlated(rows, 40, 14)
-    found = two_sided.two_sided_rounding(weight, grid, moment, gradient, damping, torch.bfloat16)
+    (found,) = two_sided.two_sided_rounding(weight, [grid], moment, gradient, damping, torch.bfloat16)
     damped = gradient.double() + 0.01 * gradient.double().diagonal().mean() * torch.eye(rows, dtype=torch.float64)
     order = gradient.diagonal().argsort(descending=True, stable=True).tolist()
     scale, _ = find_scales(weight, grid, moment.diagonal(), torch.bfloat16)
@@ -151,7 +152,7 @@ def test_two_sided_rounding_is_optimal_row_after_row(monkeypatch):
         # the free rows of the error that make tr(G E H E^T) least whatever H is
         wanted = -torch.linalg.solve(damped[free][:, free], damped[free][:, fixed] @ error[fixed])
         target = weight[row].double() - wanted[0]
-        codes = columns.round(target.float().unsqueeze(0), scale[row : row + 1], None, grid)
+        (codes,) = columns.round([target.float().unsqueeze(0)], [Levels(grid, scale[row : row + 1], None)])
         assert (codes[0] != found.codes[row]).sum() <= 1
         error[row] = weight[row].double() - found.dense()[row].double()
 
@@ -160,5 +161,19 @@ def test_gptq_survives_inputs_that_never_fire():
     moment = torch.zeros(16, 16)
     moment[:4, :4] = correlated(4, 50, 11)
     for second in (moment, torch.zeros(16, 16)):
-        found = gptq(weight_of(4, 16, 12), Grid(4), second, None, 0.01, torch.float32)
+        (found,) = gptq(weight_of(4, 16, 12), [Grid(4)], second, None, 0.01, torch.float32)
         assert bool(torch.isfinite(found.dense()).all())
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_many_grids_at_once_are_each_as_alone(name, monkeypatch):
+    weight, moment, gradient = weight_of(80, 32, 15), correlated(32, 100, 16), correlated(80, 200, 17)
+    for together in (1, 1 << 25):
+        monkeypatch.setattr(two_sided, "TOGETHER", together)
+        every = QUANTIZERS[name].quantize(weight, GRIDS, moment, gradient, 0.01, torch.bfloat16)
+        for grid, found in zip(GRIDS, every, strict=True):
+            (alone,) = QUANTIZERS[name].quantize(weight, [grid], moment, gradient, 0.01, torch.bfloat16)
+            assert found.grid == grid and torch.equal(found.scale, alone.scale)
+            assert (
+                found.codes != alone.codes
+            ).float().mean() < 0.01  # products of another shape may round a tie elsewhere

@@ -1,4 +1,4 @@
-"""Pooled allocation: rank one where loss per byte falls most (DESIGN section 4; docs/loss-aware.md).
+"""Pooled allocation: bytes go where loss per byte falls most (DESIGN section 4; docs/loss-aware.md).
 
 Needs losses in one unit for all linears, as the two-sided decomposition gives them (nats per token); with others it is
 greedy in squared output error.
@@ -6,60 +6,76 @@ greedy in squared output error.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
-from compress.allocations.curve import Curve, Ranks, start
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step along a hull: what it saves per byte, whose it is, and where it leads (None: dense)."""
-
-    slope: float
-    index: int
-    to: int | None
+from compress.allocations.curve import Curve, Ranks, Unreachable
 
 
-def hull_steps(curve: Curve, index: int) -> list[_Step]:
-    """Steps from rank one along the lower convex hull of (bytes, loss), steepest first; the last leads to dense."""
-    if curve.largest < 1:
-        return []
-    if len(curve.loss) != curve.largest + 1:
-        raise ValueError(f"a loss for each of {curve.largest + 1} ranks is needed, {len(curve.loss)} given")
-    points: list[tuple[int, float, int | None]] = [
-        (curve.sizes[rank], curve.loss[rank], rank) for rank in range(1, curve.largest + 1)
-    ]
-    points.append((curve.dense, 0.0, None))
-    hull: list[tuple[int, float, int | None]] = []
-    for point in points:
-        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return [_Step(_slope(a, b), index, b[2]) for a, b in zip(hull, hull[1:], strict=False)]
+class Point(NamedTuple):
+    """A choice of one linear (None: dense): its bytes, and its loss."""
+
+    nbytes: int
+    loss: float
+    choice: int | None
 
 
-def _slope(a: tuple[int, float, int | None], b: tuple[int, float, int | None]) -> float:
+def lower_hull(curve: Curve) -> list[Point]:
+    """Points of the lower convex hull of (bytes, loss), smallest first; the last is dense.
+
+    Choices whose loss is infinite are not to be had. Raises ValueError where losses are missing.
+    """
+    if len(curve.loss) != curve.largest + 1 and curve.largest >= 1:
+        raise ValueError(f"a loss for each of {curve.largest + 1} choices is needed, {len(curve.loss)} given")
+    hull: list[Point] = []
+    for choice in range(1, curve.largest + 1):
+        point = Point(curve.sizes[choice], curve.loss[choice], choice)
+        # on a menu of bits and ranks what is larger may lose more
+        if math.isfinite(point.loss) and (not hull or point.loss < hull[-1].loss):
+            _extend(hull, point)
+    _extend(hull, Point(curve.dense, 0.0, None))
+    return hull
+
+
+def _extend(hull: list[Point], point: Point) -> None:
+    while hull and hull[-1].nbytes == point.nbytes:
+        hull.pop()
+    while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+        hull.pop()
+    hull.append(point)
+
+
+def _slope(a: Point, b: Point) -> float:
     """Loss saved per byte from one point to the next."""
-    return (a[1] - b[1]) / (b[0] - a[0])
+    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
+
+
+def _best_within(curve: Curve, nbytes: int) -> int:
+    """The choice with the least loss among those that take no more than ``nbytes``; the smaller of equals."""
+    return min(range(1, bisect_right(curve.sizes, nbytes)), key=lambda choice: curve.loss[choice])
 
 
 def pooled(curves: Sequence[Curve], budget: int) -> Ranks:
-    """Take rank one where loss per byte falls most, along the hulls of all linears together (DESIGN section 4).
+    """Spend where loss per byte falls most, along the hulls of all linears together (DESIGN section 4).
 
-    The hulls' steps in order of slope; the first that does not fit is spent on that same linear's own ranks, then
-    stop. So a larger budget never lowers a rank, and at the hull's own budgets no other choice has less loss.
+    The hulls' steps in order of slope; the first that does not fit is spent on that same linear's own choices, then
+    stop. So a larger budget never makes a linear smaller, and at the hull's own budgets no other choice has less loss.
     Raises Unreachable; ValueError where a curve has no losses.
     """
-    ranks = start(curves, budget)
-    left = budget - sum(curve.smallest for curve in curves)
-    steps = [step for index, curve in enumerate(curves) for step in hull_steps(curve, index)]
-    for step in sorted(steps, key=lambda step: (-step.slope, step.index)):
-        curve, now = curves[step.index], ranks[step.index]
-        cost = curve.nbytes(step.to) - curve.nbytes(now)
-        if cost > left:
-            ranks[step.index] = curve.rank_within(curve.nbytes(now) + left)
+    hulls = [lower_hull(curve) for curve in curves]
+    smallest = sum(hull[0].nbytes for hull in hulls)
+    if budget < smallest:
+        raise Unreachable(smallest)
+    choices: Ranks = [hull[0].choice for hull in hulls]
+    left = budget - smallest
+    steps = [(-_slope(a, b), index, a, b) for index, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    for _, index, now, then in sorted(steps, key=lambda step: step[:2]):
+        if then.nbytes - now.nbytes > left:
+            choices[index] = _best_within(curves[index], now.nbytes + left)
             break
-        ranks[step.index] = step.to
-        left -= cost
-    return ranks
+        choices[index] = then.choice
+        left -= then.nbytes - now.nbytes
+    return choices

@@ -21,6 +21,7 @@ from compress.methods.afm import afm
 from compress.methods.asvd import asvd
 from compress.methods.awsvd import awsvd
 from compress.methods.fwsvd import fwsvd
+from compress.methods.l2qer import l2qer
 from compress.methods.svd import svd
 from compress.methods.two_sided import two_sided
 from compress.methods.whitened import whitened
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
     "none": Method(None, frozenset({"influence"})),
     "svd": Method(svd),
     "asvd": Method(asvd, frozenset({"mean_absolute"})),
+    "l2qer": Method(l2qer, frozenset({"mean_absolute"})),
     "awsvd": Method(awsvd, frozenset({"mean_square"})),
     "fwsvd": Method(fwsvd, frozenset({"row_fisher"}), unit="squared Fisher-weighted error"),
     "svd-llm": Method(whitened, frozenset({"second"})),

@@ -1,14 +1,14 @@
 """The table of quantizers.
 
-To add one: a file beside this with a function of ``(weight, grid, inputs, outputs, damping, dtype)`` that returns ``Quantized``, and a
-line in ``QUANTIZERS`` with the moments it needs. ``weight`` is ``(d_out, d_in)``; ``inputs`` the input's second moment ``(d_in, d_in)`` or
-None, ``outputs`` that of the loss gradient at the output ``(d_out, d_out)`` or None; ``damping`` is the multiple of the mean diagonal
-that is added to ``inputs``; ``dtype`` is that in which scales are stored.
+To add one: a file beside this with a function of ``(weight, grids, inputs, outputs, damping, dtype)`` that returns a ``Quantized`` per grid
+(what grids share is made once), and a line in ``QUANTIZERS`` with the moments it needs. ``weight`` is ``(d_out, d_in)``; ``inputs`` the
+input's second moment ``(d_in, d_in)`` or None, ``outputs`` that of the loss gradient at the output ``(d_out, d_out)`` or None;
+``damping`` is the multiple of the mean diagonal that is added to ``inputs``; ``dtype`` is that in which scales are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,9 @@ from compress.quantizers.two_sided import two_sided_rounding
 
 __all__ = ["QUANTIZERS", "Grid", "Quantized", "Quantizer"]
 
-Quantize = Callable[[torch.Tensor, Grid, torch.Tensor | None, torch.Tensor | None, float, torch.dtype], Quantized]
+Quantize = Callable[
+    [torch.Tensor, Sequence[Grid], torch.Tensor | None, torch.Tensor | None, float, torch.dtype], list[Quantized]
+]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ Columns of large ``H_jj`` go first (act-order), in groups as they lie in the wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from checkpoint.forms import Grid
@@ -21,21 +24,38 @@ BLOCK = 128  # columns whose changes to later columns are applied in one product
 
 def gptq(
     weight: torch.Tensor,
-    grid: Grid,
+    grids: Sequence[Grid],
     inputs: torch.Tensor | None,
     outputs: torch.Tensor | None,
     damping: float,
     dtype: torch.dtype,
-) -> Quantized:
-    """``weight`` ``(d_out, d_in)``; ``inputs`` is H, ``(d_in, d_in)``; ``damping`` times its mean diagonal is added to it.
+) -> list[Quantized]:
+    """``weight`` ``(d_out, d_in)`` on each grid; ``inputs`` is H, ``(d_in, d_in)``; ``damping`` times its mean diagonal is added to it.
 
     ``outputs`` is not used. Raises ValueError if H is missing, torch.linalg.LinAlgError if the damped H is not positive definite.
     """
     if inputs is None:
         raise ValueError("the second moment of the input is needed")
-    scale, zero = find_scales(weight, grid, inputs.diagonal(), dtype)
+    on = [Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)) for grid in grids]
     columns = Columns(inputs, damping)
-    return Quantized(columns.round(weight.float(), scale, zero, grid), scale, zero, grid)
+    return [levels.quantized(columns.round([weight.float()], [levels])[0]) for levels in on]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of some rows on a grid: ``scale`` and ``zero`` (or None) are ``(rows, groups)``."""
+
+    grid: Grid
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    def of(self, rows: torch.Tensor) -> Levels:
+        """Those of some of the rows."""
+        return Levels(self.grid, self.scale[rows], None if self.zero is None else self.zero[rows])
+
+    def quantized(self, codes: torch.Tensor) -> Quantized:
+        """Codes int8 ``(rows, d_in)`` with the levels that they are of."""
+        return Quantized(codes, self.scale, self.zero, self.grid)
 
 
 class Columns:
@@ -46,29 +66,39 @@ class Columns:
         self._order = moment.diagonal().argsort(descending=True, stable=True)
         self._upper = inverse_root(moment[self._order][:, self._order], damping).float()
 
-    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        """Codes int8 ``(d_out, d_in)`` of ``weight`` float32 on the grid that ``scale`` and ``zero`` ``(d_out, groups)`` make."""
-        order, upper = self._order, self._upper
-        # a row per column of the weight: what a step touches is contiguous
-        rest = weight[:, order].T.contiguous()
-        step_of = (order // (weight.shape[1] // scale.shape[1])).tolist()
-        steps = scale.float().T.contiguous()
-        zeros = torch.zeros_like(steps) if zero is None else zero.float().T.contiguous()
+    def round(self, weights: Sequence[torch.Tensor], on: Sequence[Levels]) -> list[torch.Tensor]:
+        """Codes int8 of each of the weights, float32 ``(rows, d_in)``, each on its levels; all go through the columns together."""
+        upper = self._upper
+        # a row per column of the weights: what a step touches is contiguous
+        rest = self._ordered(torch.cat(list(weights)))
+        steps = self._ordered(torch.cat([self._by_column(levels.scale) for levels in on]))
+        shifts = self._ordered(torch.cat([self._shifts(levels) for levels in on]))
+        counts = torch.tensor([len(weight) for weight in weights])
+        lowest = torch.tensor([levels.grid.lowest for levels in on]).float().repeat_interleave(counts)
+        highest = torch.tensor([levels.grid.highest for levels in on]).float().repeat_interleave(counts)
         codes = torch.empty(rest.shape, dtype=torch.int8)
-        for start in range(0, rest.shape[0], BLOCK):
-            stop = min(start + BLOCK, rest.shape[0])
+        for start in range(0, len(rest), BLOCK):
+            stop = min(start + BLOCK, len(rest))
             errors = torch.empty(stop - start, rest.shape[1])
             for j in range(start, stop):
-                step, shift = steps[step_of[j]], zeros[step_of[j]]
-                level = (rest[j] / step + shift).round_().clamp_(grid.lowest, grid.highest)
-                codes[j] = level.to(torch.int8)
-                error = (rest[j] - (level - shift) * step) / upper[j, j]
+                level = (rest[j] / steps[j]).add_(shifts[j]).round_().clamp_(lowest, highest)
+                codes[j] = level
+                error = torch.sub(rest[j], level.sub_(shifts[j]).mul_(steps[j]), out=errors[j - start])
+                error.div_(upper[j, j])
                 rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
-                errors[j - start] = error
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
         placed = torch.empty_like(codes)
-        placed[order] = codes
-        return placed.T.contiguous()
+        placed[self._order] = codes
+        return [part.T.contiguous() for part in placed.split(counts.tolist(), dim=1)]
+
+    def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.T[self._order].contiguous()
+
+    def _by_column(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.float().repeat_interleave(len(self._order) // groups.shape[1], dim=1)
+
+    def _shifts(self, levels: Levels) -> torch.Tensor:
+        return self._by_column(torch.zeros_like(levels.scale) if levels.zero is None else levels.zero)
 
 
 def inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:

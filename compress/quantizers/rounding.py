@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from checkpoint.forms import Grid
@@ -10,16 +12,20 @@ from compress.quantizers.grid import Quantized, find_scales, round_to
 
 def round_to_nearest(
     weight: torch.Tensor,
-    grid: Grid,
+    grids: Sequence[Grid],
     inputs: torch.Tensor | None,
     outputs: torch.Tensor | None,
     damping: float,
     dtype: torch.dtype,
-) -> Quantized:
-    """``weight`` ``(d_out, d_in)``; the diagonal of ``inputs`` ``(d_in, d_in)``, if given, weighs the errors in the scale search.
+) -> list[Quantized]:
+    """``weight`` ``(d_out, d_in)`` on each grid.
 
-    ``outputs`` and ``damping`` are not used.
+    The diagonal of ``inputs`` ``(d_in, d_in)``, if given, weighs the errors in the scale search; ``outputs`` and ``damping`` are
+    not used.
     """
-    scale, zero = find_scales(weight, grid, None if inputs is None else inputs.diagonal(), dtype)
-    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
-    return Quantized(round_to(grouped, scale, zero, grid).flatten(1), scale, zero, grid)
+    found = []
+    for grid in grids:
+        scale, zero = find_scales(weight, grid, None if inputs is None else inputs.diagonal(), dtype)
+        grouped = weight.float().unflatten(1, (scale.shape[1], -1))
+        found.append(Quantized(round_to(grouped, scale, zero, grid).flatten(1), scale, zero, grid))
+    return found

@@ -13,13 +13,16 @@ few per cent and cost sixty-four times less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from checkpoint.forms import Grid
-from compress.quantizers.gptq import Columns, inverse_root
+from compress.quantizers.gptq import Columns, Levels, inverse_root
 from compress.quantizers.grid import Quantized, find_scales
 
 ROWS = 64
+TOGETHER = 1 << 25  # weights that are rounded at a time, on several grids: 128 MB
 OUTPUT_DAMPING = (
     0.1  # of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
 )
@@ -27,31 +30,47 @@ OUTPUT_DAMPING = (
 
 def two_sided_rounding(
     weight: torch.Tensor,
-    grid: Grid,
+    grids: Sequence[Grid],
     inputs: torch.Tensor | None,
     outputs: torch.Tensor | None,
     damping: float,
     dtype: torch.dtype,
-) -> Quantized:
-    """``weight`` ``(d_out, d_in)``, ``inputs`` is H ``(d_in, d_in)`` and ``outputs`` G ``(d_out, d_out)``; ``damping`` is H's.
+) -> list[Quantized]:
+    """``weight`` ``(d_out, d_in)`` on each grid, ``inputs`` is H ``(d_in, d_in)`` and ``outputs`` G ``(d_out, d_out)``; ``damping`` is H's.
 
     Raises ValueError if one is missing, torch.linalg.LinAlgError if a damped one is not positive definite.
     """
     if inputs is None or outputs is None:
         raise ValueError("the second moments of the input and of the output's gradient are needed")
-    scale, zero = find_scales(weight, grid, inputs.diagonal(), dtype)
     columns = Columns(inputs, damping)
     moment = outputs.double()
     order = moment.diagonal().argsort(descending=True, stable=True)
     upper = inverse_root(moment[order][:, order], OUTPUT_DAMPING).float()
-    rest = weight.float()[order]
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    found: list[Quantized] = []
+    together = max(1, TOGETHER // weight.numel())
+    for first in range(0, len(grids), together):
+        some = grids[first : first + together]
+        on = [Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)) for grid in some]
+        codes = _round(weight.float()[order], [levels.of(order) for levels in on], columns, upper)
+        for levels, ordered in zip(on, codes, strict=True):
+            placed = torch.empty_like(ordered)
+            placed[order] = ordered
+            found.append(levels.quantized(placed))
+    return found
+
+
+def _round(weight: torch.Tensor, on: Sequence[Levels], columns: Columns, upper: torch.Tensor) -> list[torch.Tensor]:
+    """Codes int8 of ``weight`` float32 ``(d_out, d_in)`` on each of the levels, rows in the order in which they are rounded."""
+    rest = [weight.clone() for _ in on]
+    codes = [torch.empty(weight.shape, dtype=torch.int8) for _ in on]
+    for start in range(0, len(weight), ROWS):
+        rows = torch.arange(start, min(start + ROWS, len(weight)))
         stop = start + len(rows)
-        shift = None if zero is None else zero[rows]
-        codes[rows] = columns.round(rest[start:stop], scale[rows], shift, grid)
-        error = rest[start:stop] - Quantized(codes[rows], scale[rows], shift, grid).dense()
-        passed = torch.linalg.solve_triangular(upper[start:stop, start:stop].T, error, upper=False)
-        rest[stop:].addmm_(upper[start:stop, stop:].T, passed, alpha=-1.0)
-    return Quantized(codes, scale, zero, grid)
+        here = [levels.of(rows) for levels in on]
+        rounded = columns.round([item[start:stop] for item in rest], here)
+        for item, levels, done, whole in zip(rest, here, rounded, codes, strict=True):
+            whole[start:stop] = done
+            error = item[start:stop] - levels.quantized(done).dense()
+            passed = torch.linalg.solve_triangular(upper[start:stop, start:stop].T, error, upper=False)
+            item[stop:].addmm_(upper[start:stop, stop:].T, passed, alpha=-1.0)
+    return codes

@@ -1,0 +1,139 @@
+"""What a linear may become on one grid: its codes, the ordered factors that make up for their error, and the loss of it all.
+
+The reconstruction of the error ``E = W - Q`` is any decomposition with E in the weight's place: plain SVD is LQER (arXiv
+2402.02446), input channels weighted L2QER, the full second moment EoRA (arXiv 2410.21271) = QERA-exact (arXiv 2410.06040), both
+sides our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from calibration.moments import Moments
+from checkpoint.forms import Grid
+from compress.methods import METHODS, NATS
+from compress.parts import Factors
+from compress.quantizers import QUANTIZERS, Quantized
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``loss[r]`` float64 is the decomposition's objective with a correction of rank r; ``correction`` is None at rank 0."""
+
+    weight: Quantized
+    correction: Factors | None
+    loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How candidates are made: a quantizer, whether tokens count by their gradients, its damping, and the reconstruction."""
+
+    quantizer: str
+    weighted: bool
+    quantizer_damping: float
+    decomposition: str
+    damping: float
+    alternations: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The moments."""
+        quantizer = QUANTIZERS[self.quantizer]
+        needs = set(METHODS[self.decomposition].needs)
+        if "second" in needs:
+            needs.add("input")  # the output's moment is that of W, not of the error
+        if quantizer.inputs:
+            needs.add("weighted" if self.weighted else "input")
+        if quantizer.outputs or "gradient" in needs:
+            needs.add("output_gradient")
+        return frozenset(needs)
+
+    def codes(
+        self, weight: torch.Tensor, grids: Sequence[Grid], moments: Moments, dtype: torch.dtype
+    ) -> list[Quantized]:
+        """``weight`` ``(d_out, d_in)`` float64 on each of the grids; scales in ``dtype``."""
+        inputs = moments.weighted if self.weighted else moments.input
+        quantize = QUANTIZERS[self.quantizer].quantize
+        return quantize(weight.float(), grids, inputs, moments.gradient, self.quantizer_damping, dtype)
+
+    def candidates(
+        self, weight: torch.Tensor, ranks: Mapping[Grid, int], moments: Moments, dtype: torch.dtype
+    ) -> list[Candidate]:
+        """``weight`` ``(d_out, d_in)`` float64 on each grid, with a correction of at most so many directions.
+
+        With ``alternations`` the weight is quantized again without what the correction holds of it, and corrected anew, as
+        long as the loss falls (LQ-LoRA, Guo et al. 2023, arXiv 2311.12023, algorithm 1).
+        """
+        every = self.codes(weight, list(ranks), moments, dtype)
+        return [
+            self._alternated(weight, item, moments, rank, dtype)
+            for item, rank in zip(every, ranks.values(), strict=True)
+        ]
+
+    def loss_of_all(self, weight: torch.Tensor, moments: Moments) -> float:
+        """The objective when nothing is left of ``weight`` ``(d_out, d_in)`` float64: what relative errors relate to.
+
+        Not from samples: a norm behind a linear makes its loss blind to its scale, and to its absence.
+        """
+        method = METHODS[self.decomposition]
+        assert method.decompose is not None
+        return float(
+            method.decompose(weight, moments_of_error(weight, moments, self.weighted), 0, self.damping).loss[0]
+        )
+
+    def _alternated(
+        self, weight: torch.Tensor, quantized: Quantized, moments: Moments, rank: int, dtype: torch.dtype
+    ) -> Candidate:
+        found = self._corrected(weight, quantized, moments, rank)
+        for _ in range(self.alternations if rank else 0):
+            assert found.correction is not None
+            low_rank = found.correction.a @ found.correction.b
+            (again_quantized,) = self.codes(weight - low_rank, [quantized.grid], moments, dtype)
+            again = self._corrected(weight, again_quantized, moments, rank)
+            if float(again.loss[-1]) >= float(found.loss[-1]):
+                break
+            found = again
+        return found
+
+    def _corrected(self, weight: torch.Tensor, quantized: Quantized, moments: Moments, rank: int) -> Candidate:
+        error = weight - quantized.dense().double()
+        method = METHODS[self.decomposition]
+        assert method.decompose is not None
+        factors = method.decompose(error, moments_of_error(error, moments, self.weighted), rank, self.damping)
+        loss = factors.loss
+        if method.unit == NATS:
+            loss = sampled_losses(error, factors, moments)
+        return Candidate(quantized, factors if rank else None, loss)
+
+
+def moments_of_error(error: torch.Tensor, moments: Moments, weighted: bool) -> Moments:
+    """The moments with those that depend on the weight made anew for the error ``(d_out, d_in)`` float64 in its place.
+
+    ``weighted``: the input's is the one in which tokens count by their gradients.
+    """
+    pulled = None
+    if moments.pulled is not None and moments.gradient is not None:
+        pulled = error.T @ moments.gradient.double() @ error
+    if not weighted or moments.weighted is None:
+        return replace(moments, output=None, pulled=pulled)
+    power = float(moments.weighted.diagonal().mean())
+    return replace(moments, output=None, pulled=pulled, input=moments.weighted, input_power=power)
+
+
+def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> torch.Tensor:
+    """``1/2 E[(g^T (E - E_r) x)^2]`` for r = 0 ... all ranks of ``factors``, float64, over the sampled tokens: nats per token.
+
+    The second-order loss of this weight's error alone, without taking inputs and gradients as independent: a few tokens of
+    enormous activations, which have small gradients, count for what they are. Raises ValueError without samples.
+    """
+    if moments.input_samples is None or moments.gradient_samples is None:
+        raise ValueError("samples of inputs and gradients are needed")
+    x, g = moments.input_samples.float(), moments.gradient_samples.float()
+    change = ((x @ error.float().T) * g).sum(1, dtype=torch.float64)
+    made_up = ((x @ factors.b.float().T) * (g @ factors.a.float())).cumsum(1, dtype=torch.float64)
+    left = torch.cat([change.unsqueeze(1), change.unsqueeze(1) - made_up], dim=1)
+    return left.square().mean(0) / 2
