@@ -8,8 +8,7 @@ later layers see it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +20,11 @@ from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Group, Linear
 from calibration.sweep import Sweep
 from calibration.windows import Windows
-from checkpoint.errors import UserError
-from checkpoint.forms import Grid
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
-from compress.allocations import ALLOCATIONS, Curve
-from compress.allocations.pooled import lower_hull
-from compress.candidates import Candidate
+from compress.allocations import ALLOCATIONS
 from compress.install import install
-from compress.methods import METHODS
+from compress.linears import EMPTY, decompose, loss_of_all, quantize, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
 from compress.plan import Plan
@@ -38,9 +33,6 @@ from compress.records import DENSE_STAGE, candidate_record, from_record, part_of
 from compress.refit import refit
 from compress.search import search
 from compress.sizes import Collected
-from compress.truncation import NotFinite
-
-EMPTY = Moments(tokens=0, input_power=0.0)
 
 
 def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[Plan, Collected, list[Stage]]:
@@ -86,7 +78,7 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
                 if sweep:
                     last = layer is layers[-1]
                     moments = sweep.collect(open_layer, layer.groups, plan.recipe.needs, advance=not last)
-                tensors, notes = _whole_menu(plan, open_layer, layer.linears, moments)
+                tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             if sweep:
                 sweep.forget(layer.index)
@@ -141,7 +133,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
         for layer in waiting:
             with opened(plan.source, layer) as open_layer:
                 moments = sweep.collect_backward(open_layer, recipe.needs, recipe.gradient_windows)
-                tensors, notes = _whole_menu(plan, open_layer, layer.linears, moments)
+                tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             sweep.forget(layer.index + 1)
             backward.step()
@@ -213,7 +205,7 @@ def _walk_groups(
             of_linear = moments.get(linear.local, EMPTY)
             (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})
             loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
-            loss[0] = _loss_of_all(plan, open_layer, linear, of_linear)
+            loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
             loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
             tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
         elif kept is not None and recipe.storage.prunes(linear):
@@ -278,100 +270,3 @@ def _pruned(plan: Plan, open_layer: OpenLayer, linear: Linear, kept: torch.Tenso
     (channels,) = (item.d_in for item in open_layer.layer.linears if item.role == CONSUMER)
     rows = torch.cat([kept + first for first in range(0, linear.d_out, channels)])
     return Channels(weight[rows], rows, shape, "output-channels")
-
-
-def _whole_menu(
-    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: Mapping[str, Moments]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss."""
-    storage = plan.recipe.storage
-    tensors: dict[str, torch.Tensor] = {}
-    notes: dict[str, Any] = {}
-    release_memory()  # the heap that the layer's activations left, before float64 work comes on top
-    for linear in linears:
-        started = time.monotonic()
-        menu = storage.menu(linear)
-        if not menu:
-            continue  # stays dense
-        of_linear = moments.get(linear.local, EMPTY)
-        loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
-        if storage.low_rank:
-            factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
-            tensors |= to_record(factors, linear)
-            loss[0] = factors.loss[0]
-            for choice, spec in enumerate(menu, 1):
-                if spec.weight is None:
-                    loss[choice] = factors.loss[spec.rank]
-        if storage.grids:
-            tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
-            if not storage.low_rank:
-                loss[0] = _loss_of_all(plan, open_layer, linear, of_linear)
-        tensors[f"{linear.local}.loss"] = loss
-        if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
-            weight = module_weight(open_layer.linear(linear.local)).double()
-            tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
-        notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
-    return tensors, notes
-
-
-def _quantized_menu(
-    plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, loss: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Records of the packed candidates of a linear; their losses go into ``loss``, by choice.
-
-    Where losses decide, candidates that no budget would choose are not kept: their losses are infinite again.
-    """
-    storage = plan.recipe.storage
-    menu = storage.menu(linear)
-    ranks = {grid: max(spec.rank for spec in menu if spec.weight == grid) for grid in {s.weight for s in menu} if grid}
-    found = {item.weight.grid: item for item in quantize(plan, open_layer, linear, moments, ranks)}
-    for choice, spec in enumerate(menu, 1):
-        if spec.weight is not None:
-            loss[choice] = found[spec.weight].loss[spec.rank]
-    if ALLOCATIONS[plan.recipe.allocation].reads:
-        curve = Curve(linear.nbytes, storage.sizes(linear), tuple(loss.tolist()))
-        chosen = {menu[point.choice - 1].weight for point in lower_hull(curve) if point.choice}
-        found = {grid: item for grid, item in found.items() if grid in chosen}
-        for choice, spec in enumerate(menu, 1):
-            if spec.weight is not None and spec.weight not in found:
-                loss[choice] = torch.inf
-    tensors: dict[str, torch.Tensor] = {}
-    for item in found.values():
-        tensors |= candidate_record(item, linear)
-    return tensors
-
-
-def _loss_of_all(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments) -> float:
-    weight = module_weight(open_layer.linear(linear.local)).double()
-    with _named(linear):
-        return plan.recipe.quantization.loss_of_all(weight, moments)
-
-
-def quantize(
-    plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, ranks: Mapping[Grid, int]
-) -> list[Candidate]:
-    """One linear on grids with corrections of at most so many ranks (UserError naming it where numbers are not finite)."""
-    weight = module_weight(open_layer.linear(linear.local)).double()
-    with _named(linear):
-        return plan.recipe.quantization.candidates(weight, ranks, moments, linear.dtype)
-
-
-def decompose(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, rank: int) -> Factors:
-    """Run the recipe's decomposition on one linear (UserError naming it where numbers are not finite)."""
-    weight = module_weight(open_layer.linear(linear.local)).double()
-    method = METHODS[plan.recipe.decomposition]
-    run = method.decompose
-    assert run is not None
-    if method.without_bias and not (linear.has_bias or plan.recipe.storage.adds_bias):
-        run = method.without_bias
-    with _named(linear):
-        return run(weight, moments, rank, plan.recipe.damping)
-
-
-@contextmanager
-def _named(linear: Linear) -> Iterator[None]:
-    """UserError naming the linear where its numbers are not finite."""
-    try:
-        yield
-    except (NotFinite, torch.linalg.LinAlgError) as problem:
-        raise UserError(f"{linear.name}: {problem}; its activations overflow, try --dtype float32") from problem

@@ -17,7 +17,7 @@ from calibration.structure import discover
 from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.source import Source
-from compress import driver, pipeline
+from compress import linears, pipeline
 from compress.install import install
 from compress.parts import LowRank
 from compress.plan import make_plan
@@ -77,7 +77,7 @@ def test_full_rank_reproduces_the_logits(models, name, recipe_name, tmp_path):
             moments = sweep.collect(open_layer, layer.groups, needs, advance=True)
             for linear in layer.linears:
                 full = min(linear.d_out, linear.d_in)
-                factors = driver.decompose(plan, open_layer, linear, moments[linear.local], full)
+                factors = linears.decompose(plan, open_layer, linear, moments[linear.local], full)
                 parts[linear.name] = LowRank(factors.a.float(), factors.b.float())
 
     def prepare(open_layer: OpenLayer) -> None:
