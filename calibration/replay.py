@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,13 +85,15 @@ def streamed_logits(
     ids: torch.Tensor,
     prepare: Callable[[OpenLayer], None],
     without: Sequence[Layer] = (),
+    ends: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits ``(windows, length, vocabulary)`` for a few windows, one layer in memory.
 
-    ``prepare`` is called with each open layer before it runs: the place to install parts. Layers in ``without`` are passed by.
+    ``prepare`` is called with each open layer before it runs: the place to install parts. Layers in ``without`` are passed by;
+    ``ends`` are other weights of the embedding or the head, by parameter name.
     """
     replay = Replay(source, structure, ids.shape[1])
-    with source.loaded(structure.front):
+    with source.loaded(structure.front), source.substituted(ends or {}):
         hidden = replay.embed(ids)
     for layer in structure.layers:
         if layer in without:
@@ -99,7 +101,7 @@ def streamed_logits(
         with opened(source, layer) as open_layer:
             prepare(open_layer)
             hidden = replay.run_layer(layer.index, hidden)
-    with source.loaded(structure.back):
+    with source.loaded(structure.back), source.substituted(ends or {}):
         return replay.head(hidden)
 
 

@@ -32,6 +32,7 @@ ROLES: dict[str, str] = {
     "dense_4h_to_h": "down",
 }
 OTHER = "other"
+ENDS = ("embedding", "head")  # not of a layer
 PRODUCERS = ("gate", "up", "gate and up")  # make the intermediate channels of the feed-forward network
 CONSUMER = "down"  # reads them
 

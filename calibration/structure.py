@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibration.moments import module_weight
-from calibration.roles import role_of
+from calibration.roles import ENDS, role_of
 from checkpoint.errors import UserError
 from checkpoint.source import Source
 
@@ -75,13 +75,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """Layers, what runs before and after them, and what is left dense with the reason."""
+    """Layers, what runs before and after them, and what is left dense with the reason.
+
+    ``ends``: the embedding, and the head unless it is the same tensor, as if they were linears of one more layer.
+    """
 
     layers: tuple[Layer, ...]
     front: tuple[str, ...]
     back: tuple[str, ...]
     returns_tuple: bool
     left_dense: tuple[tuple[str, str], ...]
+    ends: tuple[Linear, ...]
 
     @property
     def linears(self) -> list[Linear]:
@@ -162,7 +166,22 @@ def discover(source: Source) -> Structure:
     ends = [name for name in source.model.state_dict() if not name.startswith(inside)]
     before = tuple(name for name in ends if name.rpartition(".")[0] in front)
     after = tuple(name for name in ends if name not in before)
-    return Structure(tuple(found), before, after, returns_tuple, tuple(left))
+    return Structure(tuple(found), before, after, returns_tuple, tuple(left), _ends(source, len(layers)))
+
+
+def _ends(source: Source, index: int) -> tuple[Linear, ...]:
+    """The embedding and the head, where they have a weight of their own in the source."""
+    paths = {module: path for path, module in source.model.named_modules()}
+    ends = []
+    for role, module in zip(
+        ENDS, (source.model.get_input_embeddings(), source.model.get_output_embeddings()), strict=True
+    ):
+        if isinstance(module, (nn.Embedding, nn.Linear)) and f"{paths[module]}.weight" not in source.tied:
+            name, (rows, width) = paths[module], module.weight.shape
+            has_bias = getattr(module, "bias", None) is not None
+            dtype = source.stored_dtype(f"{name}.weight")
+            ends.append(Linear(name, name, index, rows, width, False, has_bias, dtype, role))
+    return tuple(ends)
 
 
 def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names: tuple[str, ...]) -> Group:

@@ -38,9 +38,9 @@ class Sweep:
     def __init__(
         self, source: Source, structure: Structure, windows: Windows, directory: Path, micro_batch: int
     ) -> None:
-        self._source, self._structure, self._ids = source, structure, windows.ids
+        self.source, self.structure, self.ids = source, structure, windows.ids
         self._directory, self._micro_batch = directory, micro_batch
-        self._replay = Replay(source, structure, windows.ids.shape[1])
+        self.replay = Replay(source, structure, windows.ids.shape[1])
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
@@ -51,8 +51,8 @@ class Sweep:
         """Write the first layer's input, unless it is there."""
         if self.path(0).exists():
             return
-        with self._source.loaded(self._structure.front):
-            self._produce(self.path(0), lambda first, count: self._replay.embed(self._ids[first : first + count]))
+        with self.source.loaded(self.structure.front):
+            self._produce(self.path(0), lambda first, count: self.replay.embed(self.ids[first : first + count]))
 
     def collect(
         self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], advance: bool
@@ -97,7 +97,7 @@ class Sweep:
             stack.enter_context(torch.no_grad())
             states = stack.enter_context(self._open(self.path(index)))
             theirs = stack.enter_context(dense._open(dense.path(index))) if dense else None
-            for start, count in self._batches(0, len(self._ids)):
+            for start, count in self._batches(0, len(self.ids)):
                 x = self._input_of(open_layer, first, states.read(start, count))
                 x_dense = x
                 if theirs is not None:
@@ -110,7 +110,7 @@ class Sweep:
                     with exact_bfloat16_products(z.dtype):
                         target_inner.addmm_(y.float().T, z.float())
                     add_gram(inner_inner, z)
-        tokens = self._ids.numel()
+        tokens = self.ids.numel()
         return {name: Cross(one / tokens, other / tokens) for name, (one, other) in sums.items()}
 
     def _input_of(self, open_layer: OpenLayer, linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Sweep:
 
         handle = linear.register_forward_pre_hook(catch)
         try:
-            self._replay.run_layer(open_layer.layer.index, hidden)
+            self.replay.run_layer(open_layer.layer.index, hidden)
         except Stop:
             pass
         finally:
@@ -147,7 +147,7 @@ class Sweep:
         index = open_layer.layer.index
         with self._open(self.path(index)) as states:
             self._produce(
-                self.path(index + 1), lambda first, count: self._replay.run_layer(index, states.read(first, count))
+                self.path(index + 1), lambda first, count: self.replay.run_layer(index, states.read(first, count))
             )
 
     def vary(self, open_layer: OpenLayer, base: Sweep, variants: Iterable[Mapping[str, nn.Module]]) -> None:
@@ -156,7 +156,7 @@ class Sweep:
         A variant is the modules that stand in for linears, by local name; this sweep has as many times the windows of ``base``.
         """
         index, temporary = open_layer.layer.index, self.path(open_layer.layer.index + 1).with_suffix(".tmp")
-        length, dtype = self._ids.shape[1], self._source.compute_dtype
+        length, dtype = self.ids.shape[1], self.source.compute_dtype
         with torch.no_grad(), ExitStack() as stack:
             states = stack.enter_context(base._open(base.path(index)))
             made: HiddenStates | None = None
@@ -164,25 +164,25 @@ class Sweep:
             for modules in variants:
                 for local, module in modules.items():
                     open_layer.install(local, module)
-                for first, count in base._batches(0, len(base._ids)):
-                    y = self._replay.run_layer(index, states.read(first, count))
+                for first, count in base._batches(0, len(base.ids)):
+                    y = self.replay.run_layer(index, states.read(first, count))
                     if made is None:
-                        made = HiddenStates(temporary, len(self._ids), length, y.shape[-1], dtype, write=True)
+                        made = HiddenStates(temporary, len(self.ids), length, y.shape[-1], dtype, write=True)
                         stack.enter_context(made)
                     made.write(at + first, y)
-                at += len(base._ids)
+                at += len(base.ids)
                 open_layer.restore()
         os.replace(temporary, self.path(index + 1))
 
     def losses(self, windows: int) -> list[float]:
         """Mean loss on the text's own next tokens (nats per token) of every ``windows`` windows, from the last layer's output."""
-        index, totals = len(self._structure.layers), [0.0] * (len(self._ids) // windows)
-        chunk = max(1, LOGIT_BYTES // (4 * self._source.config.get_text_config().vocab_size))
-        with self._source.loaded(self._structure.back), self._open(self.path(index)) as states, torch.no_grad():
-            for window in range(len(self._ids)):
-                hidden, labels = states.read(window, 1)[:, :-1], self._ids[window, 1:]
+        index, totals = len(self.structure.layers), [0.0] * (len(self.ids) // windows)
+        chunk = max(1, LOGIT_BYTES // (4 * self.source.config.get_text_config().vocab_size))
+        with self.source.loaded(self.structure.back), self._open(self.path(index)) as states, torch.no_grad():
+            for window in range(len(self.ids)):
+                hidden, labels = states.read(window, 1)[:, :-1], self.ids[window, 1:]
                 for part, wanted in zip(hidden.split(chunk, dim=1), labels.split(chunk), strict=True):
-                    logits = self._replay.head(part)[0].float()
+                    logits = self.replay.head(part)[0].float()
                     loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
                     totals[window // windows] += float(loss) / (windows * len(labels))
         return totals
@@ -191,10 +191,22 @@ class Sweep:
         """``1 - E[cos(x, y)]`` over tokens, of the stored input and output of layer ``index``."""
         total = 0.0
         with self._open(self.path(index)) as before, self._open(self.path(index + 1)) as after:
-            for first, count in self._batches(0, len(self._ids)):
+            for first, count in self._batches(0, len(self.ids)):
                 x, y = before.read(first, count).float(), after.read(first, count).float()
                 total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
-        return 1.0 - total / self._ids.numel()
+        return 1.0 - total / self.ids.numel()
+
+    def inputs(self, index: int, windows: int) -> Iterator[torch.Tensor]:
+        """Stored inputs of layer ``index`` (after the last: its output) of the first ``windows`` windows, by micro-batch."""
+        with self._open(self.path(index)) as states:
+            for first, count in self._batches(0, windows):
+                yield states.read(first, count)
+
+    def gradients(self, index: int, windows: int) -> Iterator[torch.Tensor]:
+        """Stored gradients at the input of layer ``index`` for all ``windows`` windows that go backward, by micro-batch."""
+        with self._open(self.gradient_path(index), windows) as states:
+            for first, count in self._batches(0, windows):
+                yield states.read(first, count)
 
     def forget(self, index: int) -> None:
         """Delete the stored input of layer ``index``, and the gradient at it."""
@@ -210,26 +222,24 @@ class Sweep:
 
         ``fisher`` is ``sampled`` (labels drawn from the model per seed, window and position) or ``empirical``.
         """
-        index = len(self._structure.layers)
+        index = len(self.structure.layers)
         if self.gradient_path(index).exists():
             return
-        length = self._ids.shape[1]
+        length = self.ids.shape[1]
 
         def labels(window: int) -> Labels:
             if fisher == "empirical":
-                following = next_tokens(self._ids[window])
+                following = next_tokens(self.ids[window])
                 return lambda _, first, last: following[first:last]
             drawn = uniforms(seed, window, length)
             return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
 
-        with self._source.loaded(self._structure.back), self._open(self.path(index)) as states:
+        with self.source.loaded(self.structure.back), self._open(self.path(index)) as states:
 
             def gradients(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count)
-                vocabulary = self._source.config.get_text_config().vocab_size
-                rows = [
-                    loss_gradient(self._replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)
-                ]
+                vocabulary = self.source.config.get_text_config().vocab_size
+                rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
                 return torch.stack(rows)
 
             self._produce(self.gradient_path(index), gradients, windows)
@@ -251,13 +261,13 @@ class Sweep:
             def backward(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count).clone().requires_grad_(True)
                 with torch.enable_grad():
-                    output = self._replay.run_layer(index, hidden)
+                    output = self.replay.run_layer(index, hidden)
                 return torch.autograd.grad(output, hidden, above.read(first, count))[0]
 
             self._produce(self.gradient_path(index), backward, windows)
             with torch.no_grad():
-                for first, count in self._batches(windows, len(self._ids)):
-                    self._replay.run_layer(index, states.read(first, count))
+                for first, count in self._batches(windows, len(self.ids)):
+                    self.replay.run_layer(index, states.read(first, count))
         return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
     def close(self) -> None:
@@ -267,9 +277,9 @@ class Sweep:
     def _read_through(self, open_layer: OpenLayer) -> None:
         index = open_layer.layer.index
         with self._open(self.path(index)) as states, torch.no_grad():
-            for first, count in self._batches(0, len(self._ids)):
+            for first, count in self._batches(0, len(self.ids)):
                 try:
-                    self._replay.run_layer(index, states.read(first, count))
+                    self.replay.run_layer(index, states.read(first, count))
                 except Stop:
                     continue
 
@@ -279,12 +289,12 @@ class Sweep:
             yield start, min(self._micro_batch, last - start)
 
     def _open(self, path: Path, windows: int | None = None) -> HiddenStates:
-        windows, length, dtype = windows or len(self._ids), self._ids.shape[1], self._source.compute_dtype
+        windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
         return HiddenStates(path, windows, length, path.stat().st_size // (windows * length * dtype.itemsize), dtype)
 
     def _produce(self, path: Path, make: Callable[[int, int], torch.Tensor], windows: int | None = None) -> None:
         """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; the name comes last."""
-        windows, length, dtype = windows or len(self._ids), self._ids.shape[1], self._source.compute_dtype
+        windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
         temporary = path.with_suffix(".tmp")
         with torch.no_grad(), ExitStack() as stack:
             states = None

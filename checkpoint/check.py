@@ -42,6 +42,7 @@ def load_offloaded(
         dtype=dtype,
         device_map=devices,
         offload_folder=offload,
+        offload_buffers=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )

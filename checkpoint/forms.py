@@ -123,15 +123,15 @@ class Form:
 
 
 def linear_stored(name: str, d_out: int, d_in: int, grid: Grid | None) -> Stored:
-    """What a plain or a packed linear ``(d_out, d_in)`` at ``name`` stores."""
+    """What a plain or a packed linear ``(d_out, d_in)`` stores, every name after ``name``."""
     if grid is None:
         return {f"{name}weight": (None, (d_out, d_in))}
     return {f"{name}{key}": value for key, value in grid_shapes(d_out, d_in, asdict(grid)).items()}
 
 
-def _factors(spec: Spec, d_out: int, d_in: int) -> Stored:
-    inner = linear_stored("factor_in.", spec.rank, d_in, spec.factors)
-    return inner | linear_stored("factor_out.", d_out, spec.rank, spec.factors)
+def _factors(spec: Spec, d_out: int, d_in: int, separator: str = ".") -> Stored:
+    inner = linear_stored(f"factor_in{separator}", spec.rank, d_in, spec.factors)
+    return inner | linear_stored(f"factor_out{separator}", d_out, spec.rank, spec.factors)
 
 
 def _pivoted(spec: Spec, d_out: int, d_in: int) -> Stored:
@@ -139,7 +139,7 @@ def _pivoted(spec: Spec, d_out: int, d_in: int) -> Stored:
 
 
 def _packed(spec: Spec, d_out: int, d_in: int) -> Stored:
-    return linear_stored("", d_out, d_in, spec.weight) | (_factors(spec, d_out, d_in) if spec.rank else {})
+    return linear_stored("", d_out, d_in, spec.weight) | (_factors(spec, d_out, d_in, "_") if spec.rank else {})
 
 
 def _output_channels(spec: Spec, d_out: int, d_in: int) -> Stored:

@@ -4,7 +4,7 @@ This one file, beside config.json, is all that transformers needs (``trust_remot
 classes below and ``model_type`` are filled in when the checkpoint is written; everything else is generic.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,53 +49,127 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, int], dim: int) ->
     return unpack_from_int32(words, bits, torch.Size(shape[::-1])).T
 
 
-class PackedLinear(nn.Module):
-    """``y = W x`` with the ``(d_out, d_in)`` weight as packed integers, and perhaps a correction of low rank added to it.
+class PackedWeight:
+    """What modules with a packed ``(d_out, d_in)`` weight share; mixed into a module.
 
-    A weight is ``(code - zero point) * scale``; scales that are powers of two are stored as their exponents plus 127. The
-    weight is unpacked, and the correction added, at the first forward, and kept; offloaded modules do it each time.
+    A weight is ``(code - zero point) * scale``; scales that are powers of two are stored as their exponents plus 127. It is
+    unpacked at its first use and kept; modules whose weights are offloaded do it each time.
     """
 
     weight_packed: torch.Tensor
-    weight_scale: torch.Tensor
-    weight_zero_point: torch.Tensor
+    kept: torch.Tensor | None
+
+    def hold(self: Any, name: str, d_out: int, d_in: int, grid: dict[str, Any] | None, device: Any, dtype: Any) -> None:
+        """Register the tensors of a weight: packed, or as it is without a grid."""
+        self.kept = None
+        if grid is None:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_out, d_in, device=device, dtype=dtype)))
+            return
+        for key, (own, shape) in grid_shapes(d_out, d_in, grid).items():
+            self.register_buffer(
+                name.removesuffix("weight") + key, torch.zeros(shape, device=device, dtype=own or dtype)
+            )
+
+    def held(self: Any, name: str, d_out: int, d_in: int, grid: dict[str, Any] | None) -> torch.Tensor:
+        """A weight that was registered so, ``(d_out, d_in)`` in float32."""
+        if grid is None:
+            return getattr(self, name).float()
+        codes = unpack(getattr(self, f"{name}_packed"), grid["bits"], (d_out, d_in), 1).float()
+        scale = getattr(self, f"{name}_scale")
+        scale = torch.exp2(scale.float() - 127) if grid["power_of_two"] else scale.float()
+        grouped = codes.unflatten(1, (scale.shape[1], -1))
+        if not grid["symmetric"]:
+            zero = unpack(getattr(self, f"{name}_zero_point"), grid["bits"], (d_out, scale.shape[1]), 0)
+            grouped = grouped - zero.float().unsqueeze(2)
+        return (grouped * scale.unsqueeze(2)).flatten(1)
+
+    @torch.no_grad()
+    def unpacked(self: Any, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight in ``dtype``, kept from the first time on."""
+        kept = self.kept
+        if kept is None or kept.dtype != dtype or kept.device != self.weight_packed.device:
+            kept = self.dense().to(dtype)
+            kept._is_hf_initialized = True  # transformers initialises what it takes for missing
+            if not hasattr(self, "_hf_hook") and not kept.is_meta:
+                self.kept = kept
+        return kept
+
+
+class PackedLinear(PackedWeight, nn.Module):
+    """``y = W x + b`` with packed ``W``, and perhaps a correction of low rank that is added to it.
+
+    The correction's factors ``(rank, d_in)`` and ``(d_out, rank)`` are this module's own, plain or packed.
+    """
 
     def __init__(
         self, d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.grid = d_in, d_out, spec["weight"]
-        for name, (own, shape) in grid_shapes(d_out, d_in, self.grid).items():
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=own or dtype))
+        self.in_features, self.out_features, self.spec = d_in, d_out, spec
+        self.hold("weight", d_out, d_in, spec["weight"], device, dtype)
         self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
-        self.rank = spec.get("rank", 0)
-        if self.rank:
-            self.factor_in = linear(d_in, self.rank, spec.get("factors"), False, device, dtype)
-            self.factor_out = linear(self.rank, d_out, spec.get("factors"), False, device, dtype)
-        self._kept: torch.Tensor | None = None
+        rank = spec.get("rank", 0)
+        if rank:
+            self.hold("factor_in_weight", rank, d_in, spec.get("factors"), device, dtype)
+            self.hold("factor_out_weight", d_out, rank, spec.get("factors"), device, dtype)
 
     def dense(self) -> torch.Tensor:
         """The weight ``(d_out, d_in)`` in float32, correction and all."""
-        bits, shape = self.grid["bits"], (self.out_features, self.in_features)
-        codes = unpack(self.weight_packed, bits, shape, 1).float()
-        scale = self.weight_scale
-        scale = torch.exp2(scale.float() - 127) if self.grid["power_of_two"] else scale.float()
-        grouped = codes.unflatten(1, (scale.shape[1], -1))
-        if not self.grid["symmetric"]:
-            zero = unpack(self.weight_zero_point, bits, (self.out_features, scale.shape[1]), 0)
-            grouped = grouped - zero.float().unsqueeze(2)
-        weight = (grouped * scale.unsqueeze(2)).flatten(1)
-        return weight + dense_of(self.factor_out) @ dense_of(self.factor_in) if self.rank else weight
+        d_in, d_out, rank, grid = (
+            self.in_features,
+            self.out_features,
+            self.spec.get("rank", 0),
+            self.spec.get("factors"),
+        )
+        weight = self.held("weight", d_out, d_in, self.spec["weight"])
+        if not rank:
+            return weight
+        return weight + self.held("factor_out_weight", d_out, rank, grid) @ self.held(
+            "factor_in_weight", rank, d_in, grid
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., d_in)`` to ``(..., d_out)``."""
-        weight = self._kept
-        if weight is None or weight.dtype != x.dtype or weight.device != x.device:
-            with torch.no_grad():
-                weight = self.dense().to(x.dtype)
-            if not hasattr(self, "_hf_hook"):
-                self._kept = weight
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
+
+
+class PackedTable(PackedWeight):
+    """What an embedding, of whatever class, becomes when its weight is packed: it keeps that class's forward."""
+
+    weight_scale: torch.Tensor
+    num_embeddings: int
+    embedding_dim: int
+    grid: dict[str, Any]
+
+    def dense(self) -> torch.Tensor:
+        """The table ``(rows, width)`` in float32."""
+        return self.held("weight", self.num_embeddings, self.embedding_dim, self.grid)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The table in the dtype of its scales."""
+        return self.unpacked(self.weight_scale.dtype)
+
+
+def pack_embedding(embedding: Any, grid: dict[str, Any]) -> None:
+    """Make an embedding's weight a packed one."""
+    weight, kind = embedding.weight, type(embedding)
+    del embedding.weight
+    embedding.__class__ = type(f"Packed{kind.__name__}", (PackedTable, kind), {})
+    embedding.grid = grid
+    embedding.hold("weight", *weight.shape, grid, weight.device, weight.dtype)
+
+
+class TiedHead(nn.Module):
+    """Logits from the packed weight of the embedding, which is stored once."""
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple it is no submodule of the head, whose tensors would be stored again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., width)`` to ``(..., vocabulary)``."""
+        return nn.functional.linear(x, self._embedding[0].unpacked(x.dtype))
 
 
 def linear(d_in: int, d_out: int, grid: dict[str, Any] | None, bias: bool, device: Any, dtype: Any) -> nn.Module:
@@ -103,13 +177,6 @@ def linear(d_in: int, d_out: int, grid: dict[str, Any] | None, bias: bool, devic
     if grid is None:
         return nn.Linear(d_in, d_out, bias=bias, device=device, dtype=dtype)
     return PackedLinear(d_in, d_out, {"weight": grid}, bias, device, dtype)
-
-
-def dense_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a plain or a packed linear in float32."""
-    if isinstance(module, PackedLinear):
-        return module.dense()
-    return cast(torch.Tensor, module.weight).float()
 
 
 class FactoredLinear(nn.Module):
@@ -189,12 +256,8 @@ def check_grid(path: str, grid: Any, widths: tuple[int, ...]) -> None:
         raise ValueError(f"config.json gives {path!r} a grid that does not fit it: {grid!r}")
 
 
-def factorise(base: nn.Module, config: Any) -> None:
-    """Replace the linears named in ``config.layerpress["linears"]`` (paths inside the base model) by compressed modules.
-
-    Raises ValueError for an unknown format or form, a path that is no linear map, an impossible rank or grid: before
-    anything is allocated.
-    """
+def settings_of(config: Any) -> dict[str, Any]:
+    """What config.json says under ``layerpress``; raises ValueError if it is of another format."""
     settings = getattr(config, "layerpress", None)
     if (
         not isinstance(settings, dict)
@@ -204,8 +267,17 @@ def factorise(base: nn.Module, config: Any) -> None:
         raise ValueError(
             f"config.json does not hold layerpress settings of format {FORMAT}; bring the checkpoint again"
         )
-    modules = dict(base.named_modules())
-    for path, item in settings["linears"].items():
+    return settings
+
+
+def factorise(root: nn.Module, linears: dict[str, Any]) -> None:
+    """Replace the modules named in ``linears`` (paths inside ``root``) by compressed ones.
+
+    Raises ValueError for an unknown form, a path that is no linear map, an impossible rank or grid: before
+    anything is allocated.
+    """
+    modules = dict(root.named_modules())
+    for path, item in linears.items():
         form, rank = (item.get("form"), item.get("rank")) if isinstance(item, dict) else (None, None)
         module = modules.get(path)
         weight = getattr(module, "weight", None)
@@ -213,7 +285,8 @@ def factorise(base: nn.Module, config: Any) -> None:
             raise ValueError(f"config.json names {path!r} as compressed, which is no linear map of this model")
         if form not in MODULES:
             raise ValueError(f"config.json gives {path!r} the form {form!r}; known are {', '.join(MODULES)}")
-        d_out, d_in = weight.shape if isinstance(module, nn.Linear) else (weight.shape[1], weight.shape[0])
+        as_stored = isinstance(module, (nn.Linear, nn.Embedding))
+        d_out, d_in = weight.shape if as_stored else (weight.shape[1], weight.shape[0])
         largest = {"output-channels": d_out, "input-channels": d_in}.get(form, min(d_out, d_in))
         least = 0 if form == "packed" else 1
         if not isinstance(rank, int) or isinstance(rank, bool) or not least <= rank <= largest:
@@ -222,8 +295,11 @@ def factorise(base: nn.Module, config: Any) -> None:
             raise ValueError(f"config.json must give {path!r} a grid if, and only if, it is packed")
         check_grid(path, item.get("weight"), (d_in,))
         check_grid(path, item.get("factors"), (d_in, rank))
+        if isinstance(module, nn.Embedding):
+            pack_embedding(module, item["weight"])
+            continue
         bias = getattr(module, "bias", None) is not None or item.get("bias") is True
-        base.set_submodule(path, MODULES[form](d_in, d_out, item, bias, weight.device, weight.dtype))
+        root.set_submodule(path, MODULES[form](d_in, d_out, item, bias, weight.device, weight.dtype))
 
 
 class LayerpressModel(BaseModel):
@@ -233,14 +309,21 @@ class LayerpressModel(BaseModel):
 
     def __init__(self, config: LayerpressConfig) -> None:
         super().__init__(config)
-        factorise(self, config)
+        factorise(self, settings_of(config)["linears"])
 
 
 class LayerpressForCausalLM(BaseForCausalLM):
-    """The language model, with compressed linears."""
+    """The language model, with compressed linears; ``head`` in the settings says what its head is, if that is compressed."""
 
     config_class = LayerpressConfig
 
     def __init__(self, config: LayerpressConfig) -> None:
         super().__init__(config)
-        factorise(getattr(self, self.base_model_prefix), config)
+        settings = settings_of(config)
+        factorise(getattr(self, self.base_model_prefix), settings["linears"])
+        head = settings.get("head")
+        path = next(path for path, module in self.named_modules() if module is self.get_output_embeddings())
+        if head == "embedding":
+            self.set_submodule(path, TiedHead(self.get_input_embeddings()))
+        elif head is not None:
+            factorise(self, {path: head})

@@ -163,13 +163,7 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
 
     every = [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
     total = ShardWriter(directory, every).write(tensors())
-    prefix = source.model.base_model_prefix + "."
-    linears: dict[str, dict[str, Any]] = {}
-    for path, item in replaced.items():
-        linears[path.removeprefix(prefix)] = item.spec.as_dict()
-        if item.bias is not None:
-            linears[path.removeprefix(prefix)]["bias"] = True
-    _write_factored_config(source, linears, directory)
+    _write_factored_config(source, replaced, directory)
     copy_companions(source.directory, directory)
     fsync_directory(directory)
     return total
@@ -196,7 +190,22 @@ def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dic
     return {role: Entry(f"{path}.{role}", own or dtype, sizes) for role, (own, sizes) in stored.items()}
 
 
-def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], directory: Path) -> None:
+def _settings(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any]:
+    """What config.json says under ``layerpress``; the head is outside the base model, and may be the embedding itself."""
+    prefix = source.model.base_model_prefix + "."
+    settings: dict[str, Any] = {"format": modeling_template.FORMAT, "linears": {}}
+    for path, item in replaced.items():
+        spec = item.spec.as_dict() | ({"bias": True} if item.bias is not None else {})
+        if path.startswith(prefix):
+            settings["linears"][path.removeprefix(prefix)] = spec
+        else:
+            settings["head"] = spec
+        if f"{path}.weight" in source.tied.values():
+            settings["head"] = "embedding"
+    return settings
+
+
+def _write_factored_config(source: Source, replaced: dict[str, Replacement], directory: Path) -> None:
     model = source.model
     base = getattr(model, model.base_model_prefix)
     own_type = f"layerpress_{source.config.model_type}"
@@ -223,8 +232,10 @@ def _write_factored_config(source: Source, linears: dict[str, dict[str, Any]], d
             "AutoModelForCausalLM": "modeling_layerpress.LayerpressForCausalLM",
         },
         dtype=str(source.source_dtype).removeprefix("torch."),
-        layerpress={"format": modeling_template.FORMAT, "linears": linears},
+        layerpress=_settings(source, replaced),
     )
+    if config["layerpress"].get("head") == "embedding":
+        config["tie_word_embeddings"] = False  # transformers' own tying wants a weight where there is a packed one
     write_json(directory / "config.json", config)
 
 

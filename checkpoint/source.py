@@ -8,7 +8,7 @@ and fusing of tensors on load is private API: this file alone touches it (tests/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,21 @@ class Source:
         finally:
             for name in names:
                 self._set(name, torch.empty(self.tensor(name).shape, dtype=self.compute_dtype, device="meta"))
+
+    @contextmanager
+    def substituted(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Other values, for a while, in those of the named parameters that are loaded; what is tied to them has them too."""
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name in (*weights, *(tied for tied, origin in self.tied.items() if origin in weights)):
+            tensor = self.tensor(name)
+            if not tensor.is_meta and all(tensor is not other for other, _ in kept):
+                kept.append((tensor, tensor.detach().clone()))
+                tensor.copy_(weights[self.tied.get(name, name)])
+        try:
+            yield
+        finally:
+            for tensor, values in kept:
+                tensor.copy_(values)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter or buffer by its state-dict name; on the meta device unless loaded."""

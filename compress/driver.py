@@ -23,6 +23,7 @@ from calibration.windows import Windows
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
+from compress.ends import end_menus
 from compress.install import install
 from compress.linears import EMPTY, decompose, loss_of_all, quantize, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
@@ -135,10 +136,18 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
                 moments = sweep.collect_backward(open_layer, recipe.needs, recipe.gradient_windows)
                 tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
-            sweep.forget(layer.index + 1)
+            if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees
+                sweep.forget(layer.index + 1)
             backward.step()
-        sweep.close()
-    return [forward, head, backward]
+    stages = [forward, head, backward]
+    if recipe.packs_ends:
+        with Stage("ends", 1, "embedding and head") as ends:
+            if not work.done(DENSE_STAGE, len(layers)):
+                work.put(DENSE_STAGE, len(layers), *end_menus(plan, sweep))
+            ends.step()
+        stages.append(ends)
+    sweep.close()
+    return stages
 
 
 def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from calibration.roles import CONSUMER, PRODUCERS
+from calibration.roles import CONSUMER, ENDS, PRODUCERS
 from calibration.structure import Linear
 from checkpoint.forms import FORMS, Grid, Spec
 
@@ -104,6 +104,9 @@ def _menu(storage: Storage, shape: Linear) -> tuple[tuple[Spec, int], ...]:
 
 def _every(storage: Storage, shape: Linear) -> Iterator[Spec]:
     full = min(shape.d_out, shape.d_in)
+    if shape.role in ENDS:
+        yield from (Spec("packed", 0, grid) for grid in storage.grids if grid.fits(shape.d_in))
+        return
     if storage.low_rank:
         yield from (Spec(storage.form, rank) for rank in range(1, full))
     for grid in storage.grids:

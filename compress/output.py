@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibration.replay import OpenLayer, streamed_logits
+from calibration.roles import ENDS
 from calibration.structure import Linear
 from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
@@ -34,7 +36,7 @@ def predicted_loss(plan: Plan, collected: Collected) -> float | None:
     """Predicted KL(dense || compressed) in nats per token; None where the method's losses are in another unit."""
     if METHODS[plan.recipe.decomposition].unit != NATS:
         return None
-    return sum(loss_at(plan, collected, linear) or 0.0 for linear in plan.structure.linears)
+    return sum(loss_at(plan, collected, linear) or 0.0 for linear in plan.units)
 
 
 def changed_bias(plan: Plan, linear: Linear) -> int | None:
@@ -49,7 +51,7 @@ def changed_bias(plan: Plan, linear: Linear) -> int | None:
 def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]:
     """Write the compressed checkpoint into ``directory``; returns the stage and the bytes of tensors."""
     parts = Parts(plan, work)
-    factored = [linear for linear in plan.structure.linears if plan.choices[linear.name]]
+    factored = [linear for linear in plan.units if plan.choices[linear.name]]
     written: set[str] = set()
     with Stage("writing", len(factored), "matrices") as stage:
 
@@ -86,22 +88,26 @@ def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch
             if part is not None:
                 install(plan, open_layer, linear, part)
 
-    return streamed_logits(plan.source, plan.structure, ids, prepare, plan.removed)
+    found = {f"{unit.name}.weight": parts.part(unit) for unit in plan.units if unit.role in ENDS}
+    ends = {name: part.dense() for name, part in found.items() if part is not None}
+    return streamed_logits(plan.source, plan.structure, ids, prepare, plan.removed, ends)
 
 
 def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[dict[str, Any]]:
     """One row per linear for the CSV: how it is stored, kept parameters, relative error ``(loss / loss of dropping all)^0.5``, seconds."""
     rows = []
-    for layer in plan.structure.layers:
-        notes = work.notes(stage_name(plan), layer.index)
-        for linear in layer.linears:
+    ends = [[unit for unit in plan.units if unit.role in ENDS]]
+    for linears in [layer.linears for layer in plan.structure.layers] + ends:
+        notes = work.notes(stage_name(plan), linears[0].layer) if linears else {}
+        for linear in linears:
             choice, spec = plan.choices[linear.name], plan.spec(linear)
             parameters = plan.recipe.storage.parameters(linear, choice)
             loss = loss_at(plan, collected, linear)
             whole = collected.loss.get(linear.name, (0.0,))[0]
+            relative = "" if loss is None or math.isinf(whole) else round((loss / whole) ** 0.5, 6) if whole else 0.0
             rows.append(
                 {
-                    "layer": layer.index,
+                    "layer": linear.layer if linear.role not in ENDS else "",
                     "matrix": linear.local,
                     "d_out": linear.d_out,
                     "d_in": linear.d_in,
@@ -112,7 +118,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "bytes": plan.recipe.storage.nbytes(linear, choice),
                     "parameters": parameters,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),
-                    "relative_error": "" if loss is None else round((loss / whole) ** 0.5, 6) if whole > 0 else 0.0,
+                    "relative_error": relative,
                     "loss": "" if loss is None else float(f"{loss:.6g}"),
                     "seconds": notes.get(linear.local, {}).get("seconds", 0.0),
                 }

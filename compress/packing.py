@@ -76,7 +76,10 @@ class Packed:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As the module holds them."""
-        return packed_tensors("", self.weight) | (self.correction.tensors() if self.correction else {})
+        correction = self.correction.tensors() if self.correction else {}
+        # the factors are the packed module's own, not modules in it
+        own = {name.replace(".", "_", 1): tensor for name, tensor in correction.items()}
+        return packed_tensors("", self.weight) | own
 
     def dense(self) -> torch.Tensor:
         """The weight ``(d_out, d_in)``, summed in float32, in the dtype of the scales."""

@@ -55,6 +55,11 @@ class Plan:
     dtype_reason: str
 
     @property
+    def units(self) -> list[Linear]:
+        """Everything that has a menu of its own: the decoder's linears, and perhaps embedding and head."""
+        return self.structure.linears + (list(self.structure.ends) if self.recipe.packs_ends else [])
+
+    @property
     def removed(self) -> list[Layer]:
         """Layers that are removed as a whole."""
         return removed_layers(self.structure, self.choices)
@@ -107,7 +112,8 @@ def make_plan(
     allocation = recipe.allocation
     if ALLOCATIONS[allocation].reads and collected is NOTHING and not ALLOCATIONS[allocation].plans_itself:
         allocation = "uniform"
-    choices = choose(linears, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
+    units = linears + (list(structure.ends) if recipe.packs_ends else [])
+    choices = choose(units, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
     beside = [
         source.stored(name)
@@ -116,7 +122,7 @@ def make_plan(
         if name not in {f"{linear.name}.weight" for linear in layer.linears}
     ]
     removed = sum(item.nbytes for item in beside), sum(torch.Size(item.shape).numel() for item in beside)
-    sizes = measure(linears, choices, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)
+    sizes = measure(units, choices, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
             f"--target-ratio {ratio:g} cannot be met to 0.005: ranks, bits and layers are whole and the nearest below gives "

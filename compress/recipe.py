@@ -18,7 +18,7 @@ from checkpoint.forms import Grid
 from compress.allocations import ALLOCATIONS
 from compress.candidates import Quantization
 from compress.menu import Storage
-from compress.methods import METHODS
+from compress.methods import METHODS, NATS
 from compress.pivoting import PART_FORMS
 from compress.quantizers import QUANTIZERS
 from compress.refit import REFITS
@@ -222,6 +222,12 @@ class Recipe:
             correction_ranks=numbers(self.correction_rank, "correction_rank", 0, 2**20),
             factor_grid=Grid(self.factor_bits) if self.factor_bits < 16 else None,
         )
+
+    @property
+    def packs_ends(self) -> bool:
+        """Whether embedding and head are on the menu: where the ratio is the model's and losses are all in nats."""
+        in_nats = METHODS[self.decomposition].unit == NATS
+        return self.ratio_scope == "model" and self.quantizer != "none" and self.scales == "float" and in_nats
 
     @property
     def grids(self) -> tuple[Grid, ...]:

@@ -114,13 +114,13 @@ def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> 
     sensitivity: dict[str, tuple[float, ...]] = {}
     influence: dict[int, float] = {}
     found = {"loss": losses, "spectrum": spectra, "sensitivity": sensitivity}
-    for layer in plan.structure.layers:
-        record = work.get(stage, layer.index, ending=(".loss", ".spectrum", "influence"))
-        if work.done(SEARCH_STAGE, layer.index):
-            record |= work.get(SEARCH_STAGE, layer.index)
+    for index in sorted({unit.layer for unit in plan.units}):
+        record = work.get(stage, index, ending=(".loss", ".spectrum", "influence"))
+        if work.done(SEARCH_STAGE, index):
+            record |= work.get(SEARCH_STAGE, index)
         if "influence" in record:
-            influence[layer.index] = float(record["influence"])
-        for linear in layer.linears:
+            influence[index] = float(record["influence"])
+        for linear in (unit for unit in plan.units if unit.layer == index):
             for ending, values in found.items():
                 if f"{linear.local}.{ending}" in record:
                     values[linear.name] = tuple(record[f"{linear.local}.{ending}"].tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from calibration.roles import CONSUMER, PRODUCERS
+from calibration.roles import CONSUMER, ENDS, PRODUCERS
 from calibration.structure import Linear
 from checkpoint.errors import UserError
 from compress.allocations import ALLOCATIONS, Curve, Unreachable
@@ -130,7 +130,7 @@ def pruned_widths(linears: Sequence[Linear], storage: Storage, budget: int) -> d
 
 
 def measure(
-    linears: Sequence[Linear],
+    units: Sequence[Linear],
     choices: Mapping[str, int | None],
     storage: Storage,
     model_bytes: int,
@@ -139,13 +139,16 @@ def measure(
     removed: tuple[int, int] = (0, 0),
 ) -> Sizes:
     """The sizes of the choices; ``removed`` are bytes and parameters that go with removed layers' linears."""
+    ends = [unit for unit in units if unit.role in ENDS]
+    linears = [unit for unit in units if unit.role not in ENDS]
     dense_parameters = sum(linear.d_out * linear.d_in for linear in linears)
     dense_bytes = sum(linear.nbytes for linear in linears)
     kept_parameters = sum(storage.parameters(linear, choices[linear.name]) for linear in linears)
     kept_bytes = sum(storage.nbytes(linear, choices[linear.name]) for linear in linears)
+    saved = sum(end.nbytes - storage.nbytes(end, choices[end.name]) for end in ends)
     full = sum(min(linear.d_out, linear.d_in) for linear in linears)
     kept_ranks = sum(storage.kept_rank(linear, choices[linear.name]) for linear in linears)
-    after = model_bytes - dense_bytes + kept_bytes - removed[0]
+    after = model_bytes - dense_bytes + kept_bytes - saved - removed[0]
     return Sizes(
         decoder_linear_parameters=kept_parameters / dense_parameters,
         model_parameters=(model_parameters - dense_parameters + kept_parameters - removed[1]) / model_parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,7 @@ def test_unreachable_names_the_smallest():
 
 @given(CURVES, st.floats(0.1, 1.0), st.floats(0.1, 1.0))
 def test_a_larger_budget_never_lowers_a_rank(curves, one, other):
+    """As long as no step is coarse; of a few tiny linears every one is."""
     dense = sum(item.dense for item in curves)
     floor = sum(item.smallest for item in curves)
     small, large = sorted(floor + int(ratio * (dense - floor)) for ratio in (one, other))
@@ -97,7 +99,9 @@ def test_a_larger_budget_never_lowers_a_rank(curves, one, other):
     def order(ranks: list[int | None]) -> list[float]:
         return [float("inf") if rank is None else rank for rank in ranks]
 
-    pairs = zip(order(pooled(curves, small)), order(pooled(curves, large)), strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["compress.allocations.pooled"], "COARSE", 1.0)
+        pairs = zip(order(pooled(curves, small)), order(pooled(curves, large)), strict=True)
     assert all(before <= after for before, after in pairs)
 
 
@@ -251,3 +255,11 @@ def test_truncation_loss_takes_less_from_what_loses_more():
     removed = [1 - item.nbytes(rank) / item.dense for item, rank in zip(curves, ranks, strict=True)]
     expected = [0.3 * 4 * (1 / one) / sum(1 / other for other in logs) for one in logs]
     assert all(abs(a - b) < 0.03 for a, b in zip(removed, expected, strict=True))
+
+
+def test_what_a_coarse_step_leaves_goes_to_others():
+    """The steepest step, a whole bit of a large embedding, does not fit: the budget is spent all the same."""
+    coarse = Curve(16000, (0, 2000, 4000), (0.0, 10.0, 1.0))
+    fine = Curve(2000, tuple(range(0, 2000, 10)), tuple(1.0 / (1 + rank) for rank in range(200)))
+    choices = pooled([coarse, fine], 2000 + 1500)
+    assert choices[0] == 1 and taken([coarse, fine], choices) > 3450

@@ -112,7 +112,7 @@ for directory in sys.argv[2:]:
     found[directory] = {
         "keys": sum(keys, []), "finite": bool(torch.isfinite(logits).all()), "generated": generated.shape[1],
         "same": same, "type": model.config.model_type, "base": type(base).__name__,
-        "forms": sorted({type(m).__name__ for m in model.modules() if hasattr(m, "factor_in")}),
+        "forms": sorted({type(m).__name__ for m in model.modules() if hasattr(m, "factor_in") or hasattr(m, "weight_packed")}),
         "tokens": AutoTokenizer.from_pretrained(directory, trust_remote_code=True)("ab")["input_ids"],
     }
 print(json.dumps(found))

@@ -136,7 +136,7 @@ def test_every_recipe_on_every_architecture(models, text, tmp_path, name, recipe
     logits = output.expected_logits(plan, work, windows.ids[:1])
     assert torch.isfinite(logits).all()
     rows = output.matrix_rows(plan, work, collected)
-    assert len(rows) == len(structure.linears)
+    assert len(rows) == len(plan.units)
     assert max(row["relative_error"] or 0 for row in rows) <= 1, rows
     work.close()
 

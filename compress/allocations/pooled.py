@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from compress.allocations.curve import Curve, Ranks, Unreachable
 
+COARSE = 1e-3
+
 
 class Point(NamedTuple):
     """A choice of one linear (None: dense): its bytes, and its loss."""
@@ -63,7 +65,8 @@ def pooled(curves: Sequence[Curve], budget: int) -> Ranks:
 
     The hulls' steps in order of slope; the first that does not fit is spent on that same linear's own choices, then
     stop. So a larger budget never makes a linear smaller, and at the hull's own budgets no other choice has less loss.
-    Raises Unreachable; ValueError where a curve has no losses.
+    Where that linear's choices are so coarse that more than ``COARSE`` of all bytes would be left over (an embedding's next
+    bit), the steps of the others go on. Raises Unreachable; ValueError where a curve has no losses.
     """
     hulls = [lower_hull(curve) for curve in curves]
     smallest = sum(hull[0].nbytes for hull in hulls)
@@ -72,10 +75,16 @@ def pooled(curves: Sequence[Curve], budget: int) -> Ranks:
     choices: Ranks = [hull[0].choice for hull in hulls]
     left = budget - smallest
     steps = [(-_slope(a, b), index, a, b) for index, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    stopped: set[int] = set()
     for _, index, now, then in sorted(steps, key=lambda step: step[:2]):
+        if index in stopped:
+            continue
+        choice = then.choice
         if then.nbytes - now.nbytes > left:
-            choices[index] = _best_within(curves[index], now.nbytes + left)
+            stopped.add(index)
+            choice = _best_within(curves[index], now.nbytes + left)
+        left -= curves[index].nbytes(choice) - now.nbytes
+        choices[index] = choice
+        if stopped and left <= COARSE * sum(curve.dense for curve in curves):
             break
-        choices[index] = then.choice
-        left -= then.nbytes - now.nbytes
     return choices

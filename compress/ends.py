@@ -1,0 +1,83 @@
+"""The menu of the embedding and the head: packed integers, with the loss that each grid would cost.
+
+GPTQ on a second moment that stands for all rows alike: of the head's inputs where the weight makes logits, of the loss gradient
+where it makes the first layer's input, and for a tied weight their sum, each as large as it is in the loss: a row's
+curvature as a head is ``E[p_v (1 - p_v) h h^T]``, as an embedding ``E[1(token = v) g g^T]``, summed over rows
+``E[1 - sum p^2] E[h h^T]`` (with doubt and states taken as independent) and ``E[g g^T]``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from calibration.ends import embedding_loss, embedding_moment, head_divergence, head_moment, roles_of
+from calibration.structure import Linear
+from calibration.sweep import Sweep
+from checkpoint.forms import Grid
+from compress.allocations import Curve
+from compress.allocations.pooled import lower_hull
+from compress.candidates import Candidate
+from compress.plan import Plan
+from compress.quantizers.gptq import Columns, Levels
+from compress.quantizers.grid import Quantized, find_scales
+from compress.records import candidate_record
+
+ROWS = 8192  # rounded at a time
+
+
+def end_menus(plan: Plan, sweep: Sweep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Records and notes of the embedding and the head, where they have a menu."""
+    tensors: dict[str, torch.Tensor] = {}
+    notes: dict[str, Any] = {}
+    for end in plan.structure.ends:
+        started = time.monotonic()
+        tensors |= _menu(plan, sweep, end)
+        notes[end.local] = {"seconds": round(time.monotonic() - started, 4)}
+    return tensors, notes
+
+
+def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
+    menu, sizes = plan.recipe.storage.menu(end), plan.recipe.storage.sizes(end)
+    loss = torch.full((len(sizes),), torch.inf, dtype=torch.float64)
+    if not menu:
+        return {}
+    name, windows = f"{end.name}.weight", plan.recipe.gradient_windows
+    embeds, heads = roles_of(sweep, end)
+    moment = torch.zeros(end.d_in, end.d_in)
+    if heads:
+        states, doubt = head_moment(sweep)
+        moment += doubt * states
+    if embeds:
+        moment += embedding_moment(sweep, windows)
+    columns = Columns(moment, plan.recipe.quantizer_damping)
+    weight = sweep.source.read(sweep.source.stored(name))
+    found: dict[Grid, Quantized] = {}
+    for choice, spec in enumerate(menu, 1):
+        assert spec.weight is not None
+        found[spec.weight] = _rounded(weight, spec.weight, moment, columns)
+        changed = {name: found[spec.weight].dense().to(weight.dtype)}
+        loss[choice] = (head_divergence(sweep, changed) if heads else 0.0) + (
+            embedding_loss(sweep, changed, windows) if embeds else 0.0
+        )
+    curve = Curve(end.nbytes, sizes, tuple(loss.tolist()))
+    chosen = [point.choice for point in lower_hull(curve) if point.choice]
+    tensors = {f"{end.local}.loss": loss}
+    for choice, spec in enumerate(menu, 1):
+        if choice not in chosen:
+            loss[choice] = torch.inf
+        elif spec.weight is not None:
+            tensors |= candidate_record(Candidate(found[spec.weight], None, loss), end)
+    return tensors
+
+
+def _rounded(weight: torch.Tensor, grid: Grid, moment: torch.Tensor, columns: Columns) -> Quantized:
+    """``weight`` ``(rows, width)`` on the grid, some rows at a time: rows do not know of one another."""
+    parts = []
+    for rows in weight.split(ROWS):
+        levels = Levels(grid, *find_scales(rows, grid, moment.diagonal(), weight.dtype))
+        parts.append(levels.quantized(columns.round([rows.float()], [levels])[0]))
+    zero = None if grid.symmetric else torch.cat([part.zero for part in parts if part.zero is not None])
+    return Quantized(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), zero, grid)
