@@ -79,11 +79,7 @@ class Quantization:
 
         Not from samples: a norm behind a linear makes its loss blind to its scale, and to its absence.
         """
-        method = METHODS[self.decomposition]
-        assert method.decompose is not None
-        return float(
-            method.decompose(weight, moments_of_error(weight, moments, self.weighted), 0, self.damping).loss[0]
-        )
+        return float(self.factors(weight, moments, 0).loss[0])
 
     def _alternated(
         self, weight: torch.Tensor, quantized: Quantized, moments: Moments, rank: int, dtype: torch.dtype
@@ -101,13 +97,16 @@ class Quantization:
 
     def _corrected(self, weight: torch.Tensor, quantized: Quantized, moments: Moments, rank: int) -> Candidate:
         error = weight - quantized.dense().double()
-        method = METHODS[self.decomposition]
-        assert method.decompose is not None
-        factors = method.decompose(error, moments_of_error(error, moments, self.weighted), rank, self.damping)
-        loss = factors.loss
-        if method.unit == NATS:
-            loss = sampled_losses(error, factors, moments)
+        factors = self.factors(error, moments, rank)
+        in_nats = METHODS[self.decomposition].unit == NATS
+        loss = sampled_losses(error, factors, moments) if in_nats else factors.loss
         return Candidate(quantized, factors if rank else None, loss)
+
+    def factors(self, error: torch.Tensor, moments: Moments, rank: int) -> Factors:
+        """Ordered factors of an error, or of a weight, ``(d_out, d_in)`` float64."""
+        decompose = METHODS[self.decomposition].decompose
+        assert decompose is not None
+        return decompose(error, moments_of_error(error, moments, self.weighted), rank, self.damping)
 
 
 def moments_of_error(error: torch.Tensor, moments: Moments, weighted: bool) -> Moments:
