@@ -267,7 +267,7 @@ def _kept_channels(plan: Plan, open_layer: OpenLayer, moments: Mapping[str, Mome
     powers = [moments[item.local].mean_square for item in (producers[0], down)]
     assert powers[0] is not None and powers[1] is not None
     scores = channel_scores(split, module_weight(open_layer.linear(down.local)), powers[0], powers[1])
-    return kept_channels(scores, plan.choices[down.name] or 0)
+    return kept_channels(scores, plan.choices[down.name] or 0, plan.recipe.least_kept)
 
 
 def _pruned(plan: Plan, open_layer: OpenLayer, linear: Linear, kept: torch.Tensor) -> Channels:

@@ -212,6 +212,7 @@ def output_identity(plan: Plan) -> dict[str, Any]:
         "ratio_scope": recipe.ratio_scope,
         "allocation": recipe.allocation,
         "feed_forward": recipe.feed_forward,
+        "least_kept": recipe.least_kept,
         "export": recipe.export,
         "refit": recipe.refit,
         "refit_ridge": recipe.refit_ridge,

@@ -50,7 +50,8 @@ class Recipe:
     """Everything that decides the result, besides the model and the target ratio.
 
     ``mode`` says what the statistics see: the dense model (one-shot), the model whose earlier layers are compressed
-    (layerwise), or earlier groups of the same layer too (sequential). ``feed_forward: prune`` drops channels there.
+    (layerwise), or earlier groups of the same layer too (sequential). ``feed_forward: prune`` drops channels there, and keeps
+    the part ``least_kept`` of all that scores lowest (LoRAP's rule).
 
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
     is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
@@ -74,6 +75,7 @@ class Recipe:
     paper: str = ""
     allocation: str = "uniform"
     feed_forward: str = "decompose"
+    least_kept: float = 0.01
     form: str = "factors"
     menu: str = "low-rank"
     quantizer: str = "none"
@@ -136,12 +138,13 @@ class Recipe:
             self.sequence_length < 2
             or min(self.calibration_tokens, self.gradient_tokens, self.search_tokens) < 1
             or not 0 <= self.damping < 1
+            or not 0 <= self.least_kept < 1
             or self.refit_ridge < 0
             or self.seed < 0
         ):
             raise UserError(
                 f"recipe {self.name}: sequence_length must be at least 2, the numbers of tokens positive, "
-                "seed and refit_ridge not negative, and damping from 0 to below 1"
+                "seed and refit_ridge not negative, damping and least_kept from 0 to below 1"
             )
 
         self._check_quantization()

@@ -33,7 +33,8 @@ def stage_name(plan: Plan) -> str:
     if not recipe.walks:
         return DENSE_STAGE
     refit = f"{recipe.refit}-{recipe.refit_ridge:g}"
-    return f"walk-{recipe.ratio_scope}-{plan.ratio:g}-{recipe.allocation}-{recipe.feed_forward}-{refit}-{recipe.export}"
+    feed_forward = f"{recipe.feed_forward}-{recipe.least_kept:g}"
+    return f"walk-{recipe.ratio_scope}-{plan.ratio:g}-{recipe.allocation}-{feed_forward}-{refit}-{recipe.export}"
 
 
 def to_record(found: Factors | Channels, linear: Linear) -> dict[str, torch.Tensor]:

@@ -183,13 +183,13 @@ def test_a_walk_with_an_allocation_that_reads_losses_sweeps_the_dense_model_firs
     assert run_pipeline.main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [stage["stage"] for stage in report["stages"]][1:3] == ["decomposing", "walking"]
-    ranks = {row.split(",")[4] for row in (tmp_path / "out" / "matrices.csv").read_text().splitlines()[1:]}
+    ranks = {row.split(",")[5] for row in (tmp_path / "out" / "matrices.csv").read_text().splitlines()[1:]}
     assert len(ranks) > 3, "ranks are pooled, not uniform"
 
 
 def test_channel_pruning_keeps_the_best_and_the_least_one_percent():
     scores = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0] * 40) + torch.arange(200) * 1e-3
-    kept = kept_channels(scores, 150)
+    kept = kept_channels(scores, 150, 0.01)
     order = scores.argsort()
     assert kept.tolist() == sorted([*order[:2].tolist(), *order[52:].tolist()])
     gate, up, down = (
@@ -350,7 +350,7 @@ def test_welore_tells_its_components(models, text, tmp_path):
     assert (out / "spectra.png").stat().st_size > 5000
     rows = [row.split(",") for row in (out / "matrices.csv").read_text().splitlines()[1:]]
     full = {row[1]: min(int(row[2]), int(row[3])) for row in rows}
-    kept = sum(full[row[1]] if row[4] == "dense" else int(row[4]) for row in rows)
+    kept = sum(full[row[1]] if row[4] == "dense" else int(row[5]) for row in rows)
     assert abs(report["sizes"]["effective_rank_reduction"] - (1 - kept / sum(full[row[1]] for row in rows))) < 1e-9
-    assert all(int(row[5]) <= int(row[2]) * int(row[3]) for row in rows), "no matrix is enlarged"
+    assert all(int(row[9]) <= int(row[2]) * int(row[3]) for row in rows), "no matrix is enlarged"
     assert "data-free" in (out / "README.md").read_text()

@@ -164,7 +164,7 @@ def test_the_plan_says_what_the_report_says_and_a_dry_run_leaves_nothing(models,
     assert f"{sizes['achieved_ratio']:.4f} of the decoder" in capsys.readouterr().err
     assert abs(sizes["achieved_ratio"] - 0.7) <= 0.005
     rows = (tmp_path / "out" / "matrices.csv").read_text().splitlines()
-    assert len(rows) == 1 + 21 and rows[0].startswith("layer,matrix,d_out,d_in,rank")
+    assert len(rows) == 1 + 21 and rows[0].startswith("layer,matrix,d_out,d_in,form,rank")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trust_remote_code=True" in card and "Not evaluated" in card
 
@@ -246,7 +246,8 @@ def test_loss_aware_predicts_chooses_and_compares_sizes(models, text, tmp_path, 
         assert report["recipe"]["name"] == "loss-aware"
         predicted.append(report["predicted_loss_nats_per_token"])
         rows = (output / "matrices.csv").read_text().splitlines()[1:]
-        ranks.append([10**6 if row.split(",")[4] == "dense" else int(row.split(",")[4]) for row in rows])
+        cells = [row.split(",") for row in rows]
+        ranks.append([10**6 if row[4] == "dense" else int(row[5]) for row in cells])
     assert 0 < predicted[0] < predicted[1] < predicted[2]
     assert all(a >= b >= c for a, b, c in zip(*ranks, strict=True)), "a larger budget never lowers a rank"
     assert len(set(ranks[1])) > 5, "ranks are not uniform"

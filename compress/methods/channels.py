@@ -2,7 +2,7 @@
 
 The score of intermediate channel i is the sum of the norms of what reads and writes it, each weight times its input's root
 mean square: ``|| |gate_i| rms(x) || + || |up_i| rms(x) || + || |down_:i| rms(h_i) ||``. The least important 1 % of all channels
-are kept (the paper's finding), and the next ones in order are pruned.
+are kept (the paper's finding; ``least_kept``), and the next ones in order are pruned.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-LEAST_KEPT = 0.01
 
 
 def channel_scores(
@@ -28,7 +26,7 @@ def channel_scores(
     return scores
 
 
-def kept_channels(scores: torch.Tensor, keep: int, least_kept: float = LEAST_KEPT) -> torch.Tensor:
+def kept_channels(scores: torch.Tensor, keep: int, least_kept: float) -> torch.Tensor:
     """Indices, rising, of the ``keep`` channels that stay: the highest scores, and the lowest ``least_kept`` of all."""
     order = scores.argsort(stable=True)
     spared = min(int(least_kept * scores.numel()), keep)
