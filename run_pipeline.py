@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--refit", choices=CHOICES["refit"], help="refit outer factors on the compressed model's inputs, group by group"
     )
+    what.add_argument("--bits", metavar="N,N", help="bits of packed weights, e.g. 4 or 2-4,8")
+    what.add_argument("--group-size", metavar="N,N", help="inputs that share a scale (0: the whole row)")
+    what.add_argument(
+        "--correction-rank", metavar="N,N", help="ranks that make up for the quantization error, e.g. 32 or 0-64"
+    )
+    what.add_argument("--factor-bits", type=int, metavar="N", help="bits of their factors: 16, 8 or 4")
     what.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
     text = main.add_argument_group("calibration")
     text.add_argument(
@@ -92,9 +98,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     from checkpoint.errors import UserError
     from compress.pipeline import Request
     from compress.pipeline import run as run_request
-    from compress.recipe import CHOICES, load_recipe
+    from compress.recipe import CHOICES, NUMBERS, load_recipe
 
-    fields = (*CHOICES, "calibration", "calibration_tokens", "sequence_length", "search_tokens", "seed", "evaluate")
+    numbers = ("calibration_tokens", "sequence_length", "search_tokens", "seed", *NUMBERS, "factor_bits")
+    fields = (*CHOICES, "calibration", "evaluate", *numbers)
     recipe = load_recipe(options.recipe).override({field: getattr(options, field, None) for field in fields})
     if not options.model or not options.target_ratio:
         raise UserError("--model and --target-ratio are needed; see --help")
