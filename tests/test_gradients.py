@@ -9,6 +9,7 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM
 
+from calibration.ends import embedding_loss, head_divergence, head_moment
 from calibration.labels import NO_LABEL, next_tokens, sample, uniforms
 from calibration.moments import Moments, module_weight
 from calibration.replay import opened
@@ -233,3 +234,47 @@ def test_the_corrected_loss_is_the_fisher_of_each_direction(shape):
         assert float(factors.loss[i] - factors.loss[i + 1]) == pytest.approx(cost, rel=1e-3)
     with pytest.raises(ValueError, match="samples"):
         two_sided(weight, moments, 6, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])  # tied; with a head of its own; a scaled embedding
+def test_losses_of_changed_ends_are_those_of_the_whole_model(models, tmp_path, name):
+    source = Source(models(name), torch.float32)
+    structure = discover(source)
+    ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / "hidden", BATCH)
+    sweep.embed()
+    for layer in structure.layers:
+        with opened(source, layer) as open_layer:
+            sweep.advance(open_layer)
+    sweep.start_backward(WINDOWS, "empirical", SEED)
+    for layer in reversed(structure.layers):
+        with opened(source, layer) as open_layer:
+            sweep.collect_backward(open_layer, NEEDS, WINDOWS)
+    dense = AutoModelForCausalLM.from_pretrained(models(name)).eval()
+    embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
+    changes = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02
+    outputs = []
+    embedding.register_forward_hook(lambda _, x, y: (y.requires_grad_(True), y.retain_grad(), outputs.append(y))[0])
+    logits = dense.requires_grad_(False)(ids, use_cache=False).logits
+    labels = torch.stack([next_tokens(row) for row in ids])
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_LABEL
+    ).backward()
+    scale = getattr(embedding, "embed_scale", 1.0)
+    expected = (outputs[0].grad * changes[ids] * scale).sum(-1).square().mean() / 2
+    names = {end.role: f"{end.name}.weight" for end in structure.ends}
+    assert set(names) == ({"embedding", "head"} if name == "qwen2" else {"embedding"})
+    with torch.no_grad():
+        new = embedding.weight + changes
+        assert embedding_loss(sweep, {names["embedding"]: new}, WINDOWS) == pytest.approx(float(expected), rel=1e-3)
+        before = head.weight.clone()
+        head.weight = torch.nn.Parameter(before + changes)  # of its own from here on, where it was tied
+        changed = dense(ids, use_cache=False).logits.log_softmax(-1)
+    first = logits.detach().log_softmax(-1)
+    expected = (first.exp() * (first - changed)).sum(-1).mean()
+    weights = {names.get("head", names["embedding"]): before + changes}
+    assert head_divergence(sweep, weights) == pytest.approx(float(expected), rel=1e-3)
+    moment, doubt = head_moment(sweep)
+    assert doubt == pytest.approx(float((1 - first.exp().square().sum(-1)).mean()), rel=1e-4)
+    assert moment.shape == (before.shape[1], before.shape[1])
+    assert all(parameter.is_meta for parameter in source.model.parameters()), "everything was evicted"
