@@ -254,9 +254,13 @@ def test_loss_aware_predicts_chooses_and_compares_sizes(models, text, tmp_path, 
     assert (tmp_path / "out" / "comparison.md").exists() and (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
-def test_an_interrupted_backward_pass_goes_on(models, text, tmp_path, monkeypatch, stop_after):
-    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "whole")) == 0
+PACKED = ("--recipe", "quantized", "--group-size", "16", "--ratio-scope", "model")
+
+
+@pytest.mark.parametrize(("more", "stop_after"), [((), 1), ((), 2), (PACKED, 3), (PACKED, 4)])
+def test_an_interrupted_backward_pass_goes_on(models, text, tmp_path, monkeypatch, more, stop_after):
+    """Record 3 is that of the embedding and the head, which only a quantized model has."""
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "whole", *more)) == 0
     put = WorkDirectory.put
     recorded = []
 
@@ -267,6 +271,7 @@ def test_an_interrupted_backward_pass_goes_on(models, text, tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(WorkDirectory, "put", interrupted)
-    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out")) == 130
-    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out")) == 0
-    assert recorded == [2, 1, 0] and content(tmp_path / "out") == content(tmp_path / "whole")
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out", *more)) == 130
+    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out", *more)) == 0
+    assert recorded == ([2, 1, 0, 3] if more else [2, 1, 0])
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
