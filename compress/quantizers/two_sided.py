@@ -7,8 +7,8 @@ each other. In full, what the rounding of one weight does is made up for by all 
 entries that are done changes those that are free through ``U (x) V``.
 
 Here rows go in blocks, those of large ``G_ii`` first: inside a block GPTQ runs over the columns, then the rows below take
-``U_b,below^T U_bb^-T E_b``. With blocks of one row this is the whole of it, with one block it is GPTQ; blocks of 64 rows lose a
-few per cent and cost sixty-four times less.
+``U_b,below^T U_bb^-T E_b``. With blocks of one row this is the whole of it, with one block it is GPTQ; blocks of 64 rows
+take a sixty-fourth of the steps.
 """
 
 from __future__ import annotations
