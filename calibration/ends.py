@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from calibration.labels import LOGIT_BYTES
+from calibration.labels import logit_tokens
 from calibration.moments import add_gram
 from calibration.structure import Linear
 from calibration.sweep import Sweep
@@ -20,8 +20,7 @@ HEAD_TOKENS = 4096  # on which the head is run once a candidate
 
 def _last_outputs(sweep: Sweep) -> Iterator[torch.Tensor]:
     """Outputs ``(1, tokens, width)`` of the last layer, ``HEAD_TOKENS`` in all, as many at a time as their logits allow."""
-    vocabulary = sweep.source.config.get_text_config().vocab_size
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    chunk = logit_tokens(sweep.source.config.get_text_config().vocab_size)
     windows = max(1, min(HEAD_TOKENS // sweep.ids.shape[1], len(sweep.ids)))
     for hidden in sweep.inputs(len(sweep.structure.layers), windows):
         for window in hidden:  # a chunk is never longer than a window: there may be no positions for more

@@ -34,6 +34,11 @@ def next_tokens(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[1:], ids.new_full((1,), NO_LABEL)])
 
 
+def logit_tokens(vocabulary: int) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
 def loss_gradient(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
@@ -45,7 +50,7 @@ def loss_gradient(
     ``head`` maps ``(1, tokens, width)`` to logits; ``labels(probabilities, first, last)`` gives the labels of positions
     ``first`` to ``last``. The gradient at the logits is ``softmax - onehot``; only a chunk of logits is held.
     """
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    chunk = logit_tokens(vocabulary)
     gradients = []
     for first in range(0, hidden.shape[0], chunk):
         part = hidden[first : first + chunk].detach().clone().requires_grad_(True)

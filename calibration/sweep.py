@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.labels import LOGIT_BYTES, Labels, loss_gradient, next_tokens, sample, uniforms
+from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
 from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
@@ -177,7 +177,7 @@ class Sweep:
     def losses(self, windows: int) -> list[float]:
         """Mean loss on the text's own next tokens (nats per token) of every ``windows`` windows, from the last layer's output."""
         index, totals = len(self.structure.layers), [0.0] * (len(self.ids) // windows)
-        chunk = max(1, LOGIT_BYTES // (4 * self.source.config.get_text_config().vocab_size))
+        chunk = logit_tokens(self.source.config.get_text_config().vocab_size)
         with self.source.loaded(self.structure.back), self._open(self.path(index)) as states, torch.no_grad():
             for window in range(len(self.ids)):
                 hidden, labels = states.read(window, 1)[:, :-1], self.ids[window, 1:]

@@ -17,13 +17,11 @@ from calibration.ends import embedding_loss, embedding_moment, head_divergence, 
 from calibration.structure import Linear
 from calibration.sweep import Sweep
 from checkpoint.forms import Grid
-from compress.allocations import Curve
-from compress.allocations.pooled import lower_hull
 from compress.candidates import Candidate
+from compress.linears import kept_candidates
 from compress.plan import Plan
 from compress.quantizers.gptq import Columns, Levels
 from compress.quantizers.grid import Quantized, find_scales
-from compress.records import candidate_record
 
 ROWS = 8192  # rounded at a time
 
@@ -40,8 +38,7 @@ def end_menus(plan: Plan, sweep: Sweep) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
-    menu, sizes = plan.recipe.storage.menu(end), plan.recipe.storage.sizes(end)
-    loss = torch.full((len(sizes),), torch.inf, dtype=torch.float64)
+    menu = plan.recipe.storage.menu(end)
     if not menu:
         return {}
     name, windows = f"{end.name}.weight", plan.recipe.gradient_windows
@@ -54,23 +51,16 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
         moment += embedding_moment(sweep, windows)
     columns = Columns(moment, plan.recipe.quantizer_damping)
     weight = sweep.source.read(sweep.source.stored(name))
-    found: dict[Grid, Quantized] = {}
-    for choice, spec in enumerate(menu, 1):
-        assert spec.weight is not None
-        found[spec.weight] = _rounded(weight, spec.weight, moment, columns)
-        changed = {name: found[spec.weight].dense().to(weight.dtype)}
-        loss[choice] = (head_divergence(sweep, changed) if heads else 0.0) + (
-            embedding_loss(sweep, changed, windows) if embeds else 0.0
-        )
-    curve = Curve(end.nbytes, sizes, tuple(loss.tolist()))
-    chosen = [point.choice for point in lower_hull(curve) if point.choice]
-    tensors = {f"{end.local}.loss": loss}
-    for choice, spec in enumerate(menu, 1):
-        if choice not in chosen:
-            loss[choice] = torch.inf
-        elif spec.weight is not None:
-            tensors |= candidate_record(Candidate(found[spec.weight], None, loss), end)
-    return tensors
+    candidates = []
+    for grid in (spec.weight for spec in menu if spec.weight):
+        quantized = _rounded(weight, grid, moment, columns)
+        changed = {name: quantized.dense().to(weight.dtype)}
+        nats = head_divergence(sweep, changed) if heads else 0.0
+        nats += embedding_loss(sweep, changed, windows) if embeds else 0.0
+        candidates.append(Candidate(quantized, None, torch.tensor([nats], dtype=torch.float64)))
+    loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
+    tensors = kept_candidates(plan, end, candidates, loss)
+    return tensors | {f"{end.local}.loss": loss}
 
 
 def _rounded(weight: torch.Tensor, grid: Grid, moment: torch.Tensor, columns: Columns) -> Quantized:

@@ -43,8 +43,7 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
-    units = [*structure.linears, *(structure.ends if recipe.packs_ends else ())]
-    records = sum(_record_bytes(recipe, unit) for unit in units)
+    records = sum(_record_bytes(recipe, unit) for unit in recipe.units(structure))
     if recipe.mode == "sequential":
         records = sizes.bytes_after
     layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)

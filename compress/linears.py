@@ -64,14 +64,22 @@ def whole_menu(
 def _quantized_menu(
     plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments, loss: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Records of the packed candidates of a linear; their losses go into ``loss``, by choice.
+    """Records of the packed candidates of a linear; their losses go into ``loss``, by choice."""
+    menu = plan.recipe.storage.menu(linear)
+    ranks = {grid: max(spec.rank for spec in menu if spec.weight == grid) for grid in {s.weight for s in menu} if grid}
+    return kept_candidates(plan, linear, quantize(plan, open_layer, linear, moments, ranks), loss)
+
+
+def kept_candidates(
+    plan: Plan, linear: Linear, candidates: Iterable[Candidate], loss: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Records of packed candidates, one for every grid on the menu; their losses go into ``loss``, by choice.
 
     Where losses decide, candidates that no budget would choose are not kept: their losses are infinite again.
     """
     storage = plan.recipe.storage
     menu = storage.menu(linear)
-    ranks = {grid: max(spec.rank for spec in menu if spec.weight == grid) for grid in {s.weight for s in menu} if grid}
-    found = {item.weight.grid: item for item in quantize(plan, open_layer, linear, moments, ranks)}
+    found = {item.weight.grid: item for item in candidates}
     for choice, spec in enumerate(menu, 1):
         if spec.weight is not None:
             loss[choice] = found[spec.weight].loss[spec.rank]

@@ -200,6 +200,8 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
+        "ends": recipe.packs_ends,
+        "only_what_losses_choose": bool(recipe.storage.grids and ALLOCATIONS[recipe.allocation].reads),
         **{field: recorded[field] for field in COLLECTED},
     }
 

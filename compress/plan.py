@@ -40,8 +40,8 @@ class Plan:
 
     @property
     def units(self) -> list[Linear]:
-        """Everything that has a menu of its own: the decoder's linears, and perhaps embedding and head."""
-        return self.structure.linears + (list(self.structure.ends) if self.recipe.packs_ends else [])
+        """Everything that has a menu of its own."""
+        return self.recipe.units(self.structure)
 
     @property
     def removed(self) -> list[Layer]:
@@ -92,11 +92,10 @@ def make_plan(
     """Ranks, sizes and estimates for one target ratio (UserError if it cannot be reached)."""
     if not 0 < ratio < 1:
         raise UserError(f"--target-ratio {ratio:g} must be above 0 and below 1: the part of the bytes to keep")
-    linears = structure.linears
     allocation = recipe.allocation
     if ALLOCATIONS[allocation].reads and collected is NOTHING and not ALLOCATIONS[allocation].plans_itself:
         allocation = "uniform"
-    units = linears + (list(structure.ends) if recipe.packs_ends else [])
+    units = recipe.units(structure)
     choices = choose(units, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
     beside = [

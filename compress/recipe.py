@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from calibration.moments import OF_GRADIENTS
+from calibration.structure import Linear, Structure
 from checkpoint.errors import UserError
 from checkpoint.forms import Grid
 from compress.allocations import ALLOCATIONS
@@ -41,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "token_weights": ("equal", "gradient"),
 }
 NUMBERS = ("bits", "group_size", "correction_rank")  # fields of several numbers; YAML reads a single one as an integer
-RANKED = ("uniform", "pooled")  # allocations that choose from any menu; the others choose ranks
+FROM_ANY_MENU = ("uniform", "pooled")  # allocations; the others choose ranks
 MICRO_BATCH_TOKENS = 2048
 
 
@@ -156,8 +157,10 @@ class Recipe:
         problem = None
         if (self.menu == "low-rank") != (self.quantizer == "none"):
             problem = "menu: packed or all goes with a quantizer, menu: low-rank with none"
-        elif self.quantizer != "none" and self.allocation not in RANKED:
-            problem = f"allocation {self.allocation} chooses ranks; with a quantizer say one of {', '.join(RANKED)}"
+        elif self.quantizer != "none" and self.allocation not in FROM_ANY_MENU:
+            problem = (
+                f"allocation {self.allocation} chooses ranks; with a quantizer say one of {', '.join(FROM_ANY_MENU)}"
+            )
         elif self.quantizer != "none" and (self.refit != "none" or self.feed_forward == "prune"):
             problem = "refits and pruned channels do not go with a quantizer"
         elif self.quantizer != "none" and METHODS[self.decomposition].changes_bias:
@@ -231,6 +234,10 @@ class Recipe:
         """Whether embedding and head are on the menu: where the ratio is the model's and losses are all in nats."""
         in_nats = METHODS[self.decomposition].unit == NATS
         return self.ratio_scope == "model" and self.quantizer != "none" and self.scales == "float" and in_nats
+
+    def units(self, structure: Structure) -> list[Linear]:
+        """Everything that has a menu of its own: the decoder's linears, and perhaps embedding and head."""
+        return structure.linears + (list(structure.ends) if self.packs_ends else [])
 
     @property
     def grids(self) -> tuple[Grid, ...]:

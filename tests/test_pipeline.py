@@ -275,3 +275,13 @@ def test_an_interrupted_backward_pass_goes_on(models, text, tmp_path, monkeypatc
     assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "out", *more)) == 0
     assert recorded == ([2, 1, 0, 3] if more else [2, 1, 0])
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_records_without_what_another_choice_needs_are_refused(models, text, tmp_path, capsys):
+    """A work directory of the decoder alone has no menu of the embedding; a pool's has not every grid."""
+    work = ("--work-dir", str(tmp_path / "work"), "--recipe", "quantized", "--group-size", "16")
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "one", *work)) == 0
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "two", *work, "--ratio-scope", "model")) == 2
+    assert "ends was False, is True" in capsys.readouterr().err
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "three", *work, "--allocation", "uniform")) == 2
+    assert "only_what_losses_choose was True, is False" in capsys.readouterr().err

@@ -23,9 +23,8 @@ from compress.quantizers.grid import Quantized, find_scales
 
 ROWS = 64
 TOGETHER = 1 << 25  # weights that are rounded at a time, on several grids: 128 MB
-OUTPUT_DAMPING = (
-    0.1  # of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
-)
+# of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
+OUTPUT_DAMPING = 0.1
 
 
 def two_sided_rounding(
