@@ -104,7 +104,8 @@ class Quantization:
 
     def factors(self, error: torch.Tensor, moments: Moments, rank: int) -> Factors:
         """Ordered factors of an error, or of a weight, ``(d_out, d_in)`` float64."""
-        decompose = METHODS[self.decomposition].decompose
+        method = METHODS[self.decomposition]
+        decompose = method.of_error or method.decompose
         assert decompose is not None
         return decompose(error, moments_of_error(error, moments, self.weighted), rank, self.damping)
 

@@ -8,9 +8,14 @@ and the output's principal components (LLM-ROM) are one optimum (METHODS 1.1). I
 
 from __future__ import annotations
 
+import numpy
 import torch
+from scipy.sparse.linalg import eigsh
 
 from compress.parts import Factors
+
+# a Krylov space finds this part of the directions, or less, sooner than a full decomposition; and how exactly
+FEW, TOLERANCE = 1 / 16, 1e-4
 
 
 class NotFinite(ValueError):
@@ -76,6 +81,28 @@ def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotFinite("a second moment holds NaN or inf")
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def leading(symmetric: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest eigenvalues and their vectors ``(d, count)``, and behind the values the sum of all others.
+
+    Float64; NotFinite if the matrix holds NaN or inf. A few of many come from a Lanczos method (ARPACK): the vectors are orthonormal
+    to rounding and the values within ``TOLERANCE``, so what is left of a nearly flat spectrum is larger than the
+    optimum by no more than that.
+    """
+    if count > len(symmetric) * FEW:
+        power, vectors = descending(symmetric)
+        return torch.cat([power[:count], power[count:].sum().unsqueeze(0)]), vectors[:, :count]
+    if not bool(torch.isfinite(symmetric).all()):
+        raise NotFinite("a second moment holds NaN or inf")
+    power, vectors = symmetric.new_empty(0), symmetric.new_empty(len(symmetric), 0)
+    if count:
+        start = numpy.random.default_rng(0).standard_normal(len(symmetric))  # ARPACK's own would differ from run to run
+        values, found = eigsh(((symmetric + symmetric.T) / 2).numpy(), k=count, which="LA", tol=TOLERANCE, v0=start)
+        order = numpy.argsort(-values, kind="stable")
+        power, vectors = torch.from_numpy(values[order]).clamp(min=0), torch.from_numpy(found[:, order])
+    rest = (symmetric.trace() - power.sum()).clamp(min=0)
+    return torch.cat([power, rest.unsqueeze(0)]), vectors
 
 
 def tails(power: torch.Tensor, rank: int) -> torch.Tensor:

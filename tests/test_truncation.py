@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from calibration.moments import GroupCollector, Moments, add_gram
 from compress.methods import METHODS
-from compress.truncation import NotFinite, symmetric_root, truncate
+from compress.truncation import NotFinite, descending, leading, symmetric_root, truncate
 
 SHAPES = [(24, 40), (40, 24), (30, 30)]
 
@@ -188,3 +188,18 @@ def test_collector_takes_the_smaller_side_and_leaves_the_bias_out():
     assert moments.input is None and moments.tokens == 63
     assert torch.allclose(moments.output, rows.T @ rows / 63, atol=1e-5)
     assert moments.input_power == pytest.approx(float((x**2).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 40, 300])
+def test_a_few_leading_directions_are_as_good_as_all_would_give(count: int) -> None:
+    """Of a spectrum as flat as a quantization error's; also twice the same."""
+    rows = torch.randn(400, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    symmetric = rows.T @ rows
+    power, vectors = leading(symmetric, count)
+    best, _ = descending(symmetric)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), atol=1e-12)
+    held = (vectors.T @ symmetric @ vectors).trace()
+    assert torch.allclose(held, best[:count].sum(), rtol=1e-4)
+    assert torch.allclose(power.sum(), symmetric.trace())
+    assert torch.allclose(power[:-1], best[:count], rtol=1e-4)
+    assert torch.equal(leading(symmetric, count)[1], vectors)

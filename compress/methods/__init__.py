@@ -23,7 +23,7 @@ from compress.methods.awsvd import awsvd
 from compress.methods.fwsvd import fwsvd
 from compress.methods.l2qer import l2qer
 from compress.methods.svd import svd
-from compress.methods.two_sided import two_sided
+from compress.methods.two_sided import kronecker, two_sided
 from compress.methods.whitened import whitened
 from compress.parts import Factors
 
@@ -35,13 +35,15 @@ Decompose = Callable[[torch.Tensor, Moments, int, float], Factors]
 class Method:
     """A decomposition, the moments that it needs, the unit of its losses, and what runs where its bias has no place.
 
-    None decomposes nothing: for allocations that remove whole layers.
+    None decomposes nothing: for allocations that remove whole layers. ``of_error`` makes up for an error of quantization, whose loss is
+    measured with its correction: None is ``decompose`` itself.
     """
 
     decompose: Decompose | None
     needs: frozenset[str] = frozenset()
     unit: str = "squared output error per token"
     without_bias: Decompose | None = None
+    of_error: Decompose | None = None
 
     @property
     def changes_bias(self) -> bool:
@@ -64,5 +66,5 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method(whitened, frozenset({"second"})),
     "llm-rom": Method(whitened, frozenset({"second"})),
     "afm": Method(afm, frozenset({"second", "mean"}), without_bias=whitened),
-    "two-sided": Method(two_sided, frozenset({"second", "gradient", "samples"}), unit=NATS),
+    "two-sided": Method(two_sided, frozenset({"second", "gradient", "samples"}), unit=NATS, of_error=kronecker),
 }

@@ -19,7 +19,7 @@ import torch
 
 from calibration.moments import Moments
 from compress.parts import Factors
-from compress.truncation import damping_floor, descending, tails
+from compress.truncation import damping_floor, leading, tails
 
 
 def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
@@ -52,8 +52,7 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
             raise ValueError("a wide weight needs the moment of its output gradient")
         second = moments.of_output(weight) + input_floor * (weight @ weight.T)
         root = _damped_cholesky(moments.gradient, gradient_floor)
-        power, u = descending(root.T @ second @ root)
-        kept = u[:, :rank]
+        power, kept = leading(root.T @ second @ root, rank)
         a = torch.linalg.solve_triangular(root.T, kept, upper=True)
         b = (root @ kept).T @ weight
     else:
@@ -61,8 +60,7 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
             raise ValueError("a tall weight needs its input's moment and that of its gradient pulled back")
         pulled = moments.pulled.double() + gradient_floor * (weight.T @ weight)
         root = _damped_cholesky(moments.input, input_floor)
-        power, v = descending(root.T @ pulled @ root)
-        kept = v[:, :rank]
+        power, kept = leading(root.T @ pulled @ root, rank)
         a = weight @ (root @ kept)
         b = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
     a, b = _balanced(a, b)
