@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     out = main.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="./MODEL-RECIPE-RATIO by default")
     out.add_argument("--export", choices=CHOICES["export"], help="factored (small) or dense (stock architecture)")
+    out.add_argument(
+        "--runtime", choices=CHOICES["runtime"], help="packed integers as used later: unpacked once, or kept packed"
+    )
     out.add_argument("--evaluate", metavar="PRESET|TASKS", help="quick, lm-eval tasks by comma, or none")
     job = main.add_argument_group("the job")
     job.add_argument("--work-dir", type=Path, metavar="DIR", help="where finished layers are kept (OUTPUT.work)")

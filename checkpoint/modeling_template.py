@@ -16,9 +16,14 @@ FORMAT = 3
 
 
 class LayerpressConfig(BaseConfig):
-    """The base model's configuration plus ``layerpress``: the format, and how every compressed linear is stored."""
+    """The base model's configuration plus ``layerpress``: the format, and how every compressed linear is stored.
+
+    ``runtime``: packed weights become ``dense`` ones at their first use, or stay ``packed`` for torch's int4 kernel on a CPU (less
+    memory, faster for a few rows at a time, slower for many); ``from_pretrained(DIR, runtime="packed")`` says otherwise than config.json.
+    """
 
     model_type = "layerpress_llama"
+    runtime = "dense"
 
 
 def grid_shapes(d_out: int, d_in: int, grid: dict[str, Any]) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
@@ -70,16 +75,24 @@ class PackedWeight:
                 name.removesuffix("weight") + key, torch.zeros(shape, device=device, dtype=own or dtype)
             )
 
+    def levels(
+        self: Any, name: str, d_out: int, d_in: int, grid: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes int8 ``(d_out, d_in)``, scales float32 ``(d_out, groups)`` and zero points (int8, or None) of a packed weight."""
+        codes = unpack(getattr(self, f"{name}_packed"), grid["bits"], (d_out, d_in), 1)
+        scale = getattr(self, f"{name}_scale")
+        scale = torch.exp2(scale.float() - 127) if grid["power_of_two"] else scale.float()
+        if grid["symmetric"]:
+            return codes, scale, None
+        return codes, scale, unpack(getattr(self, f"{name}_zero_point"), grid["bits"], (d_out, scale.shape[1]), 0)
+
     def held(self: Any, name: str, d_out: int, d_in: int, grid: dict[str, Any] | None) -> torch.Tensor:
         """A weight that was registered so, ``(d_out, d_in)`` in float32."""
         if grid is None:
             return getattr(self, name).float()
-        codes = unpack(getattr(self, f"{name}_packed"), grid["bits"], (d_out, d_in), 1).float()
-        scale = getattr(self, f"{name}_scale")
-        scale = torch.exp2(scale.float() - 127) if grid["power_of_two"] else scale.float()
-        grouped = codes.unflatten(1, (scale.shape[1], -1))
-        if not grid["symmetric"]:
-            zero = unpack(getattr(self, f"{name}_zero_point"), grid["bits"], (d_out, scale.shape[1]), 0)
+        codes, scale, zero = self.levels(name, d_out, d_in, grid)
+        grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+        if zero is not None:
             grouped = grouped - zero.float().unsqueeze(2)
         return (grouped * scale.unsqueeze(2)).flatten(1)
 
@@ -95,11 +108,40 @@ class PackedWeight:
         return kept
 
 
+def kernel_group(d_out: int, d_in: int, grid: dict[str, Any]) -> int | None:
+    """The group size in which torch's int4 kernel can hold a weight; None if in none."""
+    group = grid["group_size"] or d_in
+    return next((size for size in (256, 128, 64, 32) if group % size == 0 and d_out % 16 == 0), None)
+
+
+def kernel_weights(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, size: int, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A weight for torch's int4 kernel, whose values are ``(q - 8) * scale + shift`` with q from 0 to 15: ``(q, scales and shifts)``.
+
+    More than 4 bits are two such weights that add up, for ``code = 16 high + low``.
+    """
+    shift = torch.zeros_like(scale) if zero is None else -zero.float() * scale
+    whole = codes.int()
+    parts = [(whole + 8, scale, shift)]
+    if bits > 4:
+        parts = [((whole >> 4) + 8, 16 * scale, shift), (whole & 15, scale, 8 * scale)]
+    found = []
+    for q, step, offset in parts:
+        both = torch.stack([step.T, offset.T], 2).repeat_interleave(codes.shape[1] // size // scale.shape[1], dim=0)
+        tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.contiguous(), 1)
+        found.append((tiles, both.to(dtype).contiguous()))
+    return found
+
+
 class PackedLinear(PackedWeight, nn.Module):
     """``y = W x + b`` with packed ``W``, and perhaps a correction of low rank that is added to it.
 
     The correction's factors ``(rank, d_in)`` and ``(d_out, rank)`` are this module's own, plain or packed.
     """
+
+    stays_packed = False
+    kernel: tuple[list[Any], list[torch.Tensor]] | None = None
 
     def __init__(
         self, d_in: int, d_out: int, spec: dict[str, Any], bias: bool, device: Any = None, dtype: Any = None
@@ -128,9 +170,32 @@ class PackedLinear(PackedWeight, nn.Module):
             "factor_in_weight", rank, d_in, grid
         )
 
+    @torch.no_grad()
+    def _for_kernel(self, size: int, dtype: torch.dtype) -> tuple[list[Any], list[torch.Tensor]]:
+        """What the kernel multiplies by, and the correction's factors in ``dtype``; kept from the first time on."""
+        if self.kernel is not None and self.kernel[0][0][1].dtype == dtype:
+            return self.kernel
+        d_in, d_out, rank = self.in_features, self.out_features, self.spec.get("rank", 0)
+        grid, of_factors = self.spec["weight"], self.spec.get("factors")
+        weights = kernel_weights(*self.levels("weight", d_out, d_in, grid), grid["bits"], size, dtype)
+        shapes = {"factor_in_weight": (rank, d_in), "factor_out_weight": (d_out, rank)} if rank else {}
+        made = weights, [self.held(name, *shape, of_factors).to(dtype) for name, shape in shapes.items()]
+        if not hasattr(self, "_hf_hook"):
+            self.kernel = made
+        return made
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., d_in)`` to ``(..., d_out)``."""
-        return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
+        size = kernel_group(self.out_features, self.in_features, self.spec["weight"]) if self.stays_packed else None
+        if size is None or x.device.type != "cpu":
+            return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        weights, factors = self._for_kernel(size, x.dtype)
+        products = [torch.ops.aten._weight_int4pack_mm_for_cpu(rows, tiles, size, steps) for tiles, steps in weights]
+        if factors:
+            products.append(rows @ factors[0].T @ factors[1].T)
+        y = torch.stack(products).sum(0) if len(products) > 1 else products[0]
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
 
 
 class PackedTable(PackedWeight):
@@ -302,6 +367,15 @@ def factorise(root: nn.Module, linears: dict[str, Any]) -> None:
         root.set_submodule(path, MODULES[form](d_in, d_out, item, bias, weight.device, weight.dtype))
 
 
+def choose_runtime(root: nn.Module, config: Any) -> None:
+    """Tell packed linears whether to stay packed; raises ValueError for a runtime that is not known."""
+    if config.runtime not in ("dense", "packed"):
+        raise ValueError(f"runtime must be dense or packed, is {config.runtime!r}")
+    for module in root.modules():
+        if isinstance(module, PackedLinear):
+            module.stays_packed = config.runtime == "packed"
+
+
 class LayerpressModel(BaseModel):
     """The decoder without a head, with compressed linears."""
 
@@ -310,6 +384,7 @@ class LayerpressModel(BaseModel):
     def __init__(self, config: LayerpressConfig) -> None:
         super().__init__(config)
         factorise(self, settings_of(config)["linears"])
+        choose_runtime(self, config)
 
 
 class LayerpressForCausalLM(BaseForCausalLM):
@@ -327,3 +402,4 @@ class LayerpressForCausalLM(BaseForCausalLM):
             self.set_submodule(path, TiedHead(self.get_input_embeddings()))
         elif head is not None:
             factorise(self, {path: head})
+        choose_runtime(self, config)

@@ -135,7 +135,9 @@ def units(source: Source, layer_paths: Iterable[str]) -> list[str]:
     return [name for name in ends if name not in source.tied] + layers
 
 
-def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, Replacement], directory: Path) -> int:
+def write_factored(
+    source: Source, layer_paths: list[str], replaced: dict[str, Replacement], directory: Path, runtime: str
+) -> int:
     """Write the ``factored`` format into ``directory``; ``replaced`` maps module paths. Returns bytes of tensors."""
     plan: list[tuple[str, list[tuple[str, dict[str, Entry]]]]] = []
     for unit in units(source, layer_paths):
@@ -163,7 +165,7 @@ def write_factored(source: Source, layer_paths: list[str], replaced: dict[str, R
 
     every = [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
     total = ShardWriter(directory, every).write(tensors())
-    _write_factored_config(source, replaced, directory)
+    _write_factored_config(source, replaced, directory, runtime)
     copy_companions(source.directory, directory)
     fsync_directory(directory)
     return total
@@ -205,7 +207,7 @@ def _settings(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any
     return settings
 
 
-def _write_factored_config(source: Source, replaced: dict[str, Replacement], directory: Path) -> None:
+def _write_factored_config(source: Source, replaced: dict[str, Replacement], directory: Path, runtime: str) -> None:
     model = source.model
     base = getattr(model, model.base_model_prefix)
     own_type = f"layerpress_{source.config.model_type}"
@@ -233,6 +235,7 @@ def _write_factored_config(source: Source, replaced: dict[str, Replacement], dir
         },
         dtype=str(source.source_dtype).removeprefix("torch."),
         layerpress=_settings(source, replaced),
+        runtime=runtime,
     )
     if config["layerpress"].get("head") == "embedding":
         config["tie_word_embeddings"] = False  # transformers' own tying wants a weight where there is a packed one

@@ -72,7 +72,8 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
         if plan.recipe.export == "dense":
             total = write_dense(plan.source, replaced, directory, [layer.path for layer in plan.removed])
         else:
-            total = write_factored(plan.source, [layer.path for layer in plan.structure.layers], replaced, directory)
+            layers = [layer.path for layer in plan.structure.layers]
+            total = write_factored(plan.source, layers, replaced, directory, plan.recipe.runtime)
     if plan.recipe.export == "factored" and total != plan.sizes.bytes_after:
         raise RuntimeError(f"wrote {total} bytes of tensors where the plan said {plan.sizes.bytes_after}")
     return stage, total

@@ -216,6 +216,7 @@ def output_identity(plan: Plan) -> dict[str, Any]:
         "feed_forward": recipe.feed_forward,
         "least_kept": recipe.least_kept,
         "export": recipe.export,
+        "runtime": recipe.runtime,
         "refit": recipe.refit,
         "refit_ridge": recipe.refit_ridge,
     }

@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ratio_scope": ("model", "decoder"),
     "form": tuple(PART_FORMS),
     "export": ("factored", "dense"),
+    "runtime": ("dense", "packed"),
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
     "refit": REFITS,
@@ -66,7 +67,8 @@ class Recipe:
     of the ranks ``correction_rank``, its factors in ``factor_bits``. These are numbers by comma, and ranges: ``2-4,8``.
     ``token_weights: gradient`` counts tokens by the squared norm of their loss gradient wherever the input's moment is used for
     quantization; ``quantizer_damping`` is the multiple of its mean diagonal that is added to it; ``alternations`` is how many
-    times the weight is quantized again without what the correction holds of it.
+    times the weight is quantized again without what the correction holds of it. ``runtime: packed`` has the written model keep its
+    integers packed while it runs.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Recipe:
     seed: int = 0
     evaluate: str = "quick"
     export: str = "factored"
+    runtime: str = "dense"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:

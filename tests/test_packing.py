@@ -93,3 +93,22 @@ def test_power_of_two_scales_take_a_byte():
     stored = packed_tensors("", quantized)
     assert stored["weight_scale"].dtype == torch.uint8
     assert torch.equal(torch.exp2(stored["weight_scale"].float() - 127), quantized.scale.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group,symmetric,rank", [(32, True, 3), (64, False, 0), (0, True, 0), (192, True, 0)])
+def test_a_weight_that_stays_packed_multiplies_as_the_unpacked_one(bits, group, symmetric, rank, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(48, 192, generator=generator) * 0.1
+    (quantized,) = round_to_nearest(weight, [Grid(bits, group, symmetric)], None, None, 0.0, dtype)
+    low = LowRank(*(torch.randn(shape, generator=generator).to(dtype) * 0.1 for shape in ((48, 3), (3, 192))))
+    part = Packed(quantized, low if rank else None)
+    bias = torch.randn(48, generator=generator).to(dtype)
+    dense, packed = (stored_module(part, bias, dtype) for _ in range(2))
+    packed.stays_packed = True
+    x = torch.randn(2, 5, 192, generator=generator).to(dtype)
+    wanted, found = dense(x).float(), packed(x).float()
+    assert packed.kernel is not None and packed.kept is None and found.shape == (2, 5, 48)
+    assert torch.allclose(found, wanted, atol=float(wanted.abs().max()) * (1e-5 if dtype == torch.float32 else 0.02))
+    assert torch.equal(packed(x).float(), found), "what is kept gives the same"

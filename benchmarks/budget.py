@@ -1,0 +1,94 @@
+"""One budget for everything against one choice for everything, at the same bytes.
+
+    python benchmarks/budget.py --calibration train.txt --text test.txt
+
+``auto`` at 0.5, 0.4, 0.3 and 0.25 of the model's bytes; then GPTQ and two-sided rounding with the same bits (groups of 64) for every
+linear, the embedding and the head, each beside ``auto`` cut to exactly those bytes. SmolLM2-135M-Instruct (offline package),
+128 windows of 512 tokens, seed 0; perplexity in 24 windows of 1024 of TEXT and of the BoolQ validation passages. What is
+finished stays in benchmarks/results/budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tables import line  # noqa: E402
+
+from checkpoint.forms import Grid, Spec  # noqa: E402
+from compress.pipeline import offline_model  # noqa: E402
+from compress.plan import make_source  # noqa: E402
+from compress.recipe import load_recipe  # noqa: E402
+from eval.quiet import quiet_libraries  # noqa: E402
+from eval.results import EvaluationSettings  # noqa: E402
+from eval.run import compare  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "budget"
+BITS = (8, 6, 5, 4, 3)
+RATIOS = ("0.5", "0.4", "0.3", "0.25")
+ONE_CHOICE = ["--recipe", "quantized", "--allocation", "uniform", "--correction-rank", "0", "--bits", "3-6,8"]
+# name -> flags
+WAYS: dict[str, list[str]] = {
+    "auto": ["--recipe", "auto"],
+    "GPTQ": [*ONE_CHOICE, "--quantizer", "gptq", "--token-weights", "equal"],
+    "two-sided rounding": ONE_CHOICE,
+}
+
+
+def exact_ratios(model: Path) -> dict[int, str]:
+    """The part of the model's bytes that everything on so many bits takes."""
+    source, structure, _ = make_source(model, load_recipe("quantized"), False)
+    packed = [*structure.linears, *structure.ends]
+    ratios = {}
+    for bits in BITS:
+        saved = sum(item.nbytes - Spec("packed", 0, Grid(bits, 64)).nbytes(item.d_out, item.d_in, 2) for item in packed)
+        ratios[bits] = f"{1 - (saved - 1) / source.nbytes:.9f}"
+    return ratios
+
+
+def main() -> None:
+    """Compress, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calibration", default="offline")
+    parser.add_argument("--text", default="sciq-validation", help="the first test text; BoolQ validation is the second")
+    options = parser.parse_args()
+    quiet_libraries()
+    model = options.model or offline_model()
+    exact = exact_ratios(model)
+    settings = EvaluationSettings(texts=(options.text, "boolq-validation"), max_windows=24, tasks=(), limit=None)
+    line(["asked", "", "bytes", "bits per decoder weight", "predicted", *("ppl", "excess", "KL") * 2])
+    line(["---"] * 11)
+    for asked, ratio in [
+        *((item, item) for item in RATIOS),
+        *((f"{bits} bits", ratio) for bits, ratio in exact.items()),
+    ]:
+        for name, flags in WAYS.items():
+            if name != "auto" and asked in RATIOS:
+                continue
+            slug = name.replace(" ", "-")
+            output = RESULTS / f"{slug}-{ratio}"
+            if not (output / "report.json").exists():
+                command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(model), *flags]
+                command += ["--target-ratio", ratio, "--calibration", options.calibration, "--evaluate", "none"]
+                command += ["--output", str(output), "--work-dir", str(RESULTS / f"{slug}.work")]
+                subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            report = json.loads((output / "report.json").read_text())
+            _, after = compare(output, model, settings, trust_remote_code=True)
+            sizes = report["sizes"]
+            cells = [f"{sizes['achieved_ratio']:.4f}", f"{sizes['bits_per_decoder_weight']:.2f}"]
+            cells.append(f"{report['predicted_loss_nats_per_token']:.4f}")
+            for perplexity, change in zip(after.perplexities, after.divergences, strict=True):
+                cells.append(f"{perplexity.perplexity:.4g}")
+                cells += [f"{change.excess_nats_per_token:.4f}", f"{change.kl_nats_per_token:.4f}"]
+            line([asked, name, *cells])
+
+
+if __name__ == "__main__":
+    main()
