@@ -126,13 +126,15 @@ def plot(points: list[tuple[str, float, float]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for recipe in dict.fromkeys(point[0] for point in points):
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    best_first = sorted({point[0] for point in points}, key=lambda recipe: min(p[2] for p in points if p[0] == recipe))
+    for index, recipe in enumerate(best_first):
         rows = sorted(point[1:] for point in points if point[0] == recipe)
-        axes.plot([row[0] for row in rows], [row[1] for row in rows], "-o", label=recipe)
+        marker, color = "osv^D"[index % 5], matplotlib.colormaps["tab20"](index % 20)
+        axes.plot([row[0] for row in rows], [row[1] for row in rows], marker=marker, color=color, label=recipe)
     axes.set(yscale="log", xlabel="decoder ratio", ylabel="excess nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncol=2)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.tight_layout()
     figure.savefig(RESULTS / "methods.png", dpi=110)
     print(f"\nplot: {RESULTS / 'methods.png'}")
