@@ -73,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int, metavar="S", help="draws the windows (0)")
     out = main.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="./MODEL-RECIPE-RATIO by default")
-    out.add_argument("--export", choices=CHOICES["export"], help="factored (small) or dense (stock architecture)")
+    out.add_argument(
+        "--export",
+        choices=CHOICES["export"],
+        help="factored (small), dense (stock architecture), or adapter (compressed-tensors and PEFT)",
+    )
     out.add_argument(
         "--runtime", choices=CHOICES["runtime"], help="packed integers as used later: unpacked once, or kept packed"
     )

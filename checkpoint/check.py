@@ -33,6 +33,8 @@ def load_offloaded(
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None):  # transformers 5.23 gives wrong weights where these are offloaded
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     devices: dict[str, Any] = {}

@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int32: "I32",
+    torch.int64: "I64",
     torch.uint8: "U8",
 }
 # what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
@@ -69,7 +70,7 @@ class Replacement:
 class ShardWriter:
     """Writes safetensors files of at most ``SHARD_BYTES``: header first, then tensor after tensor."""
 
-    def __init__(self, directory: Path, entries: list[Entry]) -> None:
+    def __init__(self, directory: Path, entries: list[Entry], stem: str = "model") -> None:
         self._directory = directory
         self._shards: list[list[Entry]] = [[]]
         for entry in entries:
@@ -78,9 +79,9 @@ class ShardWriter:
             self._shards[-1].append(entry)
         count = len(self._shards)
         self._names = (
-            ["model.safetensors"]
+            [f"{stem}.safetensors"]
             if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+            else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
 
     def write(self, tensors: Iterable[torch.Tensor]) -> int:

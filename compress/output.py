@@ -11,6 +11,7 @@ import torch
 from calibration.replay import OpenLayer, streamed_logits
 from calibration.roles import ENDS
 from calibration.structure import Linear
+from checkpoint.adapter import SHAPE_BYTES, write_adapter
 from checkpoint.forms import FORMS, Part
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
@@ -71,11 +72,14 @@ def write(plan: Plan, work: WorkDirectory, directory: Path) -> tuple[Stage, int]
         replaced = {linear.name: replacement(linear) for linear in factored}
         if plan.recipe.export == "dense":
             total = write_dense(plan.source, replaced, directory, [layer.path for layer in plan.removed])
+        elif plan.recipe.export == "adapter":
+            total = write_adapter(plan.source, replaced, directory)
         else:
             layers = [layer.path for layer in plan.structure.layers]
             total = write_factored(plan.source, layers, replaced, directory, plan.recipe.runtime)
-    if plan.recipe.export == "factored" and total != plan.sizes.bytes_after:
-        raise RuntimeError(f"wrote {total} bytes of tensors where the plan said {plan.sizes.bytes_after}")
+    shapes = SHAPE_BYTES * len(replaced) if plan.recipe.export == "adapter" else 0
+    if plan.recipe.export != "dense" and total != plan.sizes.bytes_after + shapes:
+        raise RuntimeError(f"wrote {total} bytes of tensors where the plan said {plan.sizes.bytes_after + shapes}")
     return stage, total
 
 

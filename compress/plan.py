@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,14 @@ def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tup
         raise UserError(
             "--export factored needs a model class of transformers, this one is remote code; say --export dense"
         )
-    return source, discover(source), reason
+    structure = discover(source)
+    if recipe.export == "adapter":
+        transposed = next((linear.name for linear in structure.linears if linear.transposed), None)
+        if transposed:
+            raise UserError(
+                f"--export adapter: compressed-tensors cannot hold {transposed}, which is stored transposed; say --export factored"
+            )
+    return source, structure, reason
 
 
 def make_plan(
@@ -109,7 +117,7 @@ def make_plan(
     if abs(sizes.achieved_ratio - ratio) > 0.005:
         raise UserError(
             f"--target-ratio {ratio:g} cannot be met to 0.005: ranks, bits and layers are whole and the nearest below gives "
-            f"{sizes.achieved_ratio:.4f}; ask for that"
+            f"{math.ceil(sizes.achieved_ratio * 1e4) / 1e4:.4f}; ask for that"
         )
     return Plan(source, structure, recipe, ratio, choices, sizes, estimate(source, structure, recipe, sizes), reason)
 

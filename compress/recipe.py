@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("one-shot", "layerwise", "sequential"),
     "ratio_scope": ("model", "decoder"),
     "form": tuple(PART_FORMS),
-    "export": ("factored", "dense"),
+    "export": ("factored", "dense", "adapter"),
     "runtime": ("dense", "packed"),
     "dtype": ("auto", "float32", "bfloat16"),
     "fisher": ("sampled", "empirical"),
@@ -178,6 +178,12 @@ class Recipe:
             problem = "alternations need one fixed correction_rank"
         elif self.alternations < 0 or not 0 <= self.quantizer_damping < 1:
             problem = "alternations must not be negative, and quantizer_damping from 0 to below 1"
+        elif self.export == "adapter" and (self.menu != "packed" or self.scales != "float" or self.factor_bits != 16):
+            problem = "--export adapter holds packed integers alone, scales and factors in 16 bits: say menu: packed"
+        elif self.export == "adapter" and max(ranks) and len(self.grids) > 1:
+            problem = "transformers loads a base of one grid under an adapter; give one number of --bits, or --correction-rank 0"
+        elif self.runtime == "packed" and (self.quantizer == "none" or self.export != "factored"):
+            problem = "runtime packed needs a quantizer and export: factored"
         elif self.backward and self.mode != "one-shot":
             problem = f"{self.quantizer} needs the whole dense model's statistics; say mode: one-shot"
         if problem:
@@ -236,7 +242,8 @@ class Recipe:
     def packs_ends(self) -> bool:
         """Whether embedding and head are on the menu: where the ratio is the model's and losses are all in nats."""
         in_nats = METHODS[self.decomposition].unit == NATS
-        return self.ratio_scope == "model" and self.quantizer != "none" and self.scales == "float" and in_nats
+        possible = self.quantizer != "none" and self.scales == "float" and self.export != "adapter"
+        return self.ratio_scope == "model" and possible and in_nats
 
     def units(self, structure: Structure) -> list[Linear]:
         """Everything that has a menu of its own: the decoder's linears, and perhaps embedding and head."""

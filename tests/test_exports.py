@@ -1,0 +1,99 @@
+"""What packed models load as besides the factored format: compressed-tensors with a PEFT adapter, and torch's int4 kernel."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import run_pipeline
+from compress import pipeline
+from compress.recipe import load_recipe
+
+IDS = torch.arange(5, 45).reshape(2, 20)
+
+
+def compress(models, text, output, name, recipe, ratio=0.5, **changes):
+    """The pipeline with a small text; the report."""
+    changes = {
+        "calibration": str(text),
+        "calibration_tokens": 2048,
+        "sequence_length": 64,
+        "group_size": "16",
+    } | changes
+    chosen = load_recipe(recipe).override({"evaluate": "none", "ratio_scope": "decoder"} | changes)
+    work = output.with_name(output.name + ".work")
+    pipeline.run(pipeline.Request(str(models(name)), (ratio,), chosen, output, work))
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "changes"),
+    [
+        ("llama", 0.5, {"bits": "4", "correction_rank": "0-4"}),
+        ("qwen2", 0.5, {"bits": "3", "correction_rank": "2", "zero_point": "stored", "allocation": "uniform"}),
+        ("gemma2", 0.4908, {"bits": "2-6,8", "correction_rank": "0"}),
+        ("opt", 0.481, {"bits": "8", "group_size": "0", "correction_rank": "0"}),
+    ],
+)
+def test_an_adapter_on_packed_integers_is_the_factored_model(models, text, tmp_path, name, ratio, changes):
+    """Both exports of one run: the same logits, and the bytes of the plan and 16 a packed matrix."""
+    report = compress(models, text, tmp_path / "factored", name, "quantized", ratio, **changes)
+    compress(models, text, tmp_path / "adapter", name, "quantized", ratio, export="adapter", **changes)
+    factored = AutoModelForCausalLM.from_pretrained(tmp_path / "factored", trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.model_type == name
+    corrected = changes["correction_rank"] != "0"
+    assert corrected == any("lora_A" in key for key, _ in loaded.named_parameters())
+    with torch.no_grad():
+        wanted, found = factored(IDS).logits, loaded(IDS).logits
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    written = 0
+    for path in (tmp_path / "adapter").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            written += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    packed = sum(item.spec["form"] == "packed" for item in factored.modules() if hasattr(item, "spec"))
+    assert written == report["sizes"]["bytes_after"] + 16 * packed and packed
+
+
+def test_what_an_adapter_cannot_hold_is_refused(models, text, tmp_path, capsys):
+    arguments = [
+        "--model",
+        str(models("gpt2")),
+        "--target-ratio",
+        "0.5",
+        "--calibration",
+        str(text),
+        "--export",
+        "adapter",
+    ]
+    for more, reason in (
+        (["--recipe", "svd-llm"], "menu: packed"),
+        (["--recipe", "quantized"], "one number of --bits"),
+        (["--recipe", "gptq", "--bits", "4", "--group-size", "16"], "stored transposed"),
+    ):
+        assert run_pipeline.main([*arguments, *more, "--output", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert reason in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_a_packed_runtime_gives_the_logits_of_the_dense_one(models, text, tmp_path, name):
+    """Asked for when the checkpoint is written, or when it is loaded; rows of 48 do not go into the kernel, those of 96 do."""
+    compress(models, text, tmp_path / "out", name, "quantized", group_size="0", runtime="packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, runtime="dense")
+    with torch.no_grad():
+        wanted, found = dense(IDS).logits, packed(IDS).logits
+    stayed = [item for item in packed.modules() if getattr(item, "kernel", None) is not None]
+    assert stayed and not any(getattr(item, "kernel", None) for item in dense.modules())
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    packed.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, found)
+    with pytest.raises(ValueError, match="runtime must be"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, runtime="fast")
