@@ -82,6 +82,9 @@ def produce(options: argparse.Namespace, name: str, recipe: str, changes: dict[s
         command += ["--target-ratio", RATIO, "--ratio-scope", "decoder", "--evaluate", "none", "--output", str(output)]
         if "calibration" not in changes:
             command += ["--calibration", options.calibration]
+        # refits of one recipe share what was collected of the dense model; other statistics are other work
+        collected = "-".join([recipe, *(value for key, value in changes.items() if not key.startswith("refit"))])
+        command += ["--work-dir", str(RESULTS / f"{collected}.work")]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return output
 
