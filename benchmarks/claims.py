@@ -46,17 +46,14 @@ CLAIMS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
     "refits": {
         "svd-llm, update": ("svd-llm", {"refit": "update"}),
         "svd-llm, anchored, ridge 0.001": ("svd-llm", {"refit": "anchored", "refit_ridge": "0.001"}),
-        "svd-llm, anchored, ridge 0.1": ("svd-llm", {"refit": "anchored", "refit_ridge": "0.1"}),
         "llm-rom, anchored, ridge 0.001": ("llm-rom", {"refit": "anchored", "refit_ridge": "0.001"}),
         "loss-aware": ("loss-aware", {}),
-        "loss-aware, update": ("loss-aware", {"refit": "update"}),
         "loss-aware, anchored, ridge 0.1": ("loss-aware", {"refit": "anchored", "refit_ridge": "0.1"}),
     },
     "LLM-ROM: against pruning of the same size; calibrated on its tasks' train splits, 512 x 128": {
         "llm-rom": ("llm-rom", {}),
         "llm-rom, task text": ("llm-rom", {"calibration": "offline-tasks", "sequence_length": "128"}),
         "lorap, task text": ("lorap", {"calibration": "offline-tasks", "sequence_length": "128"}),
-        "block-removal, task text": ("block-removal", {"calibration": "offline-tasks", "sequence_length": "128"}),
     },
 }
 ROLES = ("welore", "loss-aware")  # recipes whose ranks by role are shown

@@ -5,7 +5,8 @@
 {RTN, GPTQ} x {none, LQER, L2QER, EoRA, two-sided} at 4, 3 and 2 bits in groups of 64, rank 32 in 16 bits and allocated rank of the same
 bytes; GPTQ with tokens weighted by their gradient and two-sided rounding (ours), with and without; plain GPTQ of more bits, for
 equal bytes. By default SmolLM2-135M-Instruct (offline package), 128 windows of 512 tokens, seed 0; perplexity in 24 windows of
-1024 (``--windows``) of TEXT and of the BoolQ validation passages. Layers and rows that are finished stay in benchmarks/results/quantization.
+1024 (``--windows``) of TEXT and of the BoolQ validation passages. Layers and rows that are finished stay in
+benchmarks/results/quantization.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def every(weight: torch.Tensor, moments: Moments) -> dict[str, torch.Tensor]:
             for correction in corrections if grid.bits in CORRECTED_BITS else ():
                 quantization = Quantization(quantizer, weighted, 0.01, CORRECTIONS[correction], 1e-3)
                 factors = quantization.factors(error, moments, MOST)
-                tensors[f"{key}|{correction}|a"] = factors.a.bfloat16()
-                tensors[f"{key}|{correction}|b"] = factors.b.bfloat16()
+                tensors[f"{key}|{correction}|a"] = factors.a.bfloat16().contiguous()
+                tensors[f"{key}|{correction}|b"] = factors.b.bfloat16().contiguous()
                 tensors[f"{key}|{correction}|loss"] = sampled_losses(error, factors, moments)
     return tensors
 
@@ -181,14 +182,16 @@ def main() -> None:
         name, bits, correction, kind = row
         cache = RESULTS / f"{'-'.join(map(str, row)).replace(' ', '_')}.json"
         if not cache.exists():
-            losses, shapes = {}, {}
+            losses: dict[str, torch.Tensor] = {}
+            shapes: dict[str, tuple[int, int]] = {}
             for path in files:
                 with safe_open(path, "pt") as file:
                     for key in file.keys():  # noqa: SIM118
                         if key.endswith(f"|{name}|{bits}|{correction}|loss"):
                             losses[key.split("|")[0]] = file.get_tensor(key)
                         elif key.endswith(f"|{name}|{bits}|weight"):
-                            shapes[key.split("|")[0]] = tuple(file.get_slice(key).get_shape())
+                            d_out, d_in = file.get_slice(key).get_shape()
+                            shapes[key.split("|")[0]] = d_out, d_in
             ranks = ranks_of(row, losses, shapes)
             for path in files:
                 with safe_open(path, "pt") as file:

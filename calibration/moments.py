@@ -57,7 +57,8 @@ class Moments:
     def of_output(self, weight: torch.Tensor) -> torch.Tensor:
         """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
         if self.input is not None:
-            return weight @ self.input.double() @ weight.T
+            # a part at a time: float64 of the whole moment of a wide input would be the largest thing in memory
+            return torch.cat([weight @ part.double() for part in self.input.split(ROWS, dim=1)], dim=1) @ weight.T
         if self.output is None:
             raise ValueError("no second moment was collected")
         return self.output.double()
@@ -274,14 +275,14 @@ class GroupCollector:
         self._weights += float(weights.sum())
 
     def moments(self) -> dict[str, Moments]:
-        """Per linear of the group; members share the tensors of the input side."""
+        """Per linear of the group; members share the tensors of the input side. To be asked once: sums become means in place."""
         count = max(self._tokens, 1)
-        shared = None if self._input is None else self._input / count
-        weighted = None if self._weighted is None else self._weighted / max(self._weights, TINY)
-        channels = {name: total / count for name, (_, total) in self._of_channels.items()}
+        shared = None if self._input is None else self._input.div_(count)
+        weighted = None if self._weighted is None else self._weighted.div_(max(self._weights, TINY))
+        channels = {name: total.div_(count) for name, (_, total) in self._of_channels.items()}
         found = {}
         for name in self._sizes:
-            output = self._outputs[name] / count if name in self._outputs else None
+            output = self._outputs[name].div_(count) if name in self._outputs else None
             moments = Moments(
                 self._tokens,
                 self._power / count,
@@ -293,13 +294,13 @@ class GroupCollector:
             )
             if name in self._watched:
                 seen = max(self._gradient_tokens[name], 1)
-                rows = self._row_fisher[name] / seen if name in self._row_fisher else None
+                rows = self._row_fisher[name].div_(seen) if name in self._row_fisher else None
                 moments = replace(
                     moments,
                     gradient_tokens=self._gradient_tokens[name],
                     gradient_power=self._gradient_power[name] / seen,
-                    gradient=self._gradients[name] / seen if name in self._gradients else None,
-                    pulled=self._pulled[name] / seen if name in self._pulled else None,
+                    gradient=self._gradients[name].div_(seen) if name in self._gradients else None,
+                    pulled=self._pulled[name].div_(seen) if name in self._pulled else None,
                     weighted=weighted,
                     row_fisher=rows,
                     input_samples=self._input_samples.kept(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibration.moments import Moments
+from calibration.moments import Moments, exact_bfloat16_products
 from checkpoint.forms import Grid
 from compress.methods import METHODS, NATS
 from compress.parts import Factors
@@ -117,7 +117,8 @@ def moments_of_error(error: torch.Tensor, moments: Moments, weighted: bool) -> M
     """
     pulled = None
     if moments.pulled is not None and moments.gradient is not None:
-        pulled = error.T @ moments.gradient.double() @ error
+        wide = error.float()  # as exact as the moment is; in float64 a wide output's would take as much as all else
+        pulled = wide.T @ moments.gradient @ wide
     if not weighted or moments.weighted is None:
         return replace(moments, output=None, pulled=pulled)
     power = float(moments.weighted.diagonal().mean())
@@ -133,7 +134,9 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
     x, g = moments.input_samples.float(), moments.gradient_samples.float()
-    change = ((x @ error.float().T) * g).sum(1, dtype=torch.float64)
+    sampled = moments.input_samples.dtype
+    with exact_bfloat16_products(sampled):  # the error is rounded as the samples are: a mean of squares does not see it
+        change = ((x @ error.to(sampled).float().T) * g).sum(1, dtype=torch.float64)
     made_up = ((x @ factors.b.float().T) * (g @ factors.a.float())).cumsum(1, dtype=torch.float64)
     left = torch.cat([change.unsqueeze(1), change.unsqueeze(1) - made_up], dim=1)
     return left.square().mean(0) / 2

@@ -75,12 +75,13 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
             sweep.embed()
         for layer in layers[done:]:
             with opened(plan.source, layer) as open_layer:
-                moments: Mapping[str, Moments] = {}
+                moments: dict[str, Moments] = {}
                 if sweep:
                     last = layer is layers[-1]
                     moments = sweep.collect(open_layer, layer.groups, plan.recipe.needs, advance=not last)
                 tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
+            del moments, tensors  # before the next layer's are collected
             if sweep:
                 sweep.forget(layer.index)
             stage.step()
@@ -136,6 +137,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
                 moments = sweep.collect_backward(open_layer, recipe.needs, recipe.gradient_windows)
                 tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
+            del moments, tensors  # before the next layer's are collected
             if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees
                 sweep.forget(layer.index + 1)
             backward.step()

@@ -53,8 +53,8 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
     weight = sweep.source.read(sweep.source.stored(name))
     candidates = []
     for grid in (spec.weight for spec in menu if spec.weight):
-        quantized = _rounded(weight, grid, moment, columns)
-        changed = {name: quantized.dense().to(weight.dtype)}
+        quantized, as_read = _rounded(weight, grid, moment, columns)
+        changed = {name: as_read}
         nats = head_divergence(sweep, changed) if heads else 0.0
         nats += embedding_loss(sweep, changed, windows) if embeds else 0.0
         candidates.append(Candidate(quantized, None, torch.tensor([nats], dtype=torch.float64)))
@@ -63,11 +63,22 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
     return tensors | {f"{end.local}.loss": loss}
 
 
-def _rounded(weight: torch.Tensor, grid: Grid, moment: torch.Tensor, columns: Columns) -> Quantized:
-    """``weight`` ``(rows, width)`` on the grid, some rows at a time: rows do not know of one another."""
-    parts = []
-    for rows in weight.split(ROWS):
-        levels = Levels(grid, *find_scales(rows, grid, moment.diagonal(), weight.dtype))
-        parts.append(levels.quantized(columns.round([rows.float()], [levels])[0]))
-    zero = None if grid.symmetric else torch.cat([part.zero for part in parts if part.zero is not None])
-    return Quantized(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), zero, grid)
+def _rounded(
+    weight: torch.Tensor, grid: Grid, moment: torch.Tensor, columns: Columns
+) -> tuple[Quantized, torch.Tensor]:
+    """``weight`` ``(rows, width)`` on the grid, and what it then reads as, in its dtype.
+
+    Some rows at a time, which do not know of one another: float32 of all of a vocabulary would be several times its size.
+    """
+    groups = grid.groups(weight.shape[1])
+    codes, as_read = torch.empty(weight.shape, dtype=torch.int8), torch.empty_like(weight)
+    scale = torch.empty(len(weight), groups, dtype=weight.dtype)
+    zero = None if grid.symmetric else torch.empty(len(weight), groups, dtype=torch.int8)
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        levels = Levels(grid, *find_scales(weight[rows], grid, moment.diagonal(), weight.dtype))
+        part = levels.quantized(columns.round([weight[rows].float()], [levels])[0])
+        codes[rows], scale[rows], as_read[rows] = part.codes, part.scale, part.dense()
+        if zero is not None and part.zero is not None:
+            zero[rows] = part.zero
+    return Quantized(codes, scale, zero, grid), as_read

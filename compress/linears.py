@@ -28,19 +28,22 @@ EMPTY = Moments(tokens=0, input_power=0.0)
 
 
 def whole_menu(
-    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: Mapping[str, Moments]
+    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: dict[str, Moments]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss."""
+    """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss.
+
+    A linear's ``moments`` are taken out when it is its turn: they need not stay in memory.
+    """
     storage = plan.recipe.storage
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
-    release_memory()  # the heap that the layer's activations left, before float64 work comes on top
     for linear in linears:
+        release_memory()  # the heap that the layer's activations, or the last linear, left
         started = time.monotonic()
         menu = storage.menu(linear)
         if not menu:
             continue  # stays dense
-        of_linear = moments.get(linear.local, EMPTY)
+        of_linear = moments.pop(linear.local, EMPTY)
         loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
         if storage.low_rank:
             factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
@@ -57,6 +60,7 @@ def whole_menu(
         if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
             weight = module_weight(open_layer.linear(linear.local)).double()
             tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
+        del of_linear
         notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
     return tensors, notes
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
+from scipy.linalg.lapack import dpotrf, dtrtri
 
 from checkpoint.forms import Grid
 from compress.quantizers.grid import Quantized, find_scales
@@ -62,9 +64,8 @@ class Columns:
     """The order in which the columns of a weight are rounded, and how the rest make up for each; for many weights alike."""
 
     def __init__(self, inputs: torch.Tensor, damping: float) -> None:
-        moment = inputs.double()
-        self._order = moment.diagonal().argsort(descending=True, stable=True)
-        self._upper = inverse_root(moment[self._order][:, self._order], damping).float()
+        self._order = inputs.diagonal().argsort(descending=True, stable=True)
+        self._upper = inverse_root(inputs, damping, self._order)
 
     def round(self, weights: Sequence[torch.Tensor], on: Sequence[Levels]) -> list[torch.Tensor]:
         """Codes int8 of each of the weights, float32 ``(rows, d_in)``, each on its levels; all go through the columns together."""
@@ -101,13 +102,19 @@ class Columns:
         return self._by_column(torch.zeros_like(levels.scale) if levels.zero is None else levels.zero)
 
 
-def inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float64, without the inverse itself.
+def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float32, rows and columns of H in ``order``.
 
     With ``J`` reversing the order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, and so
-    ``H^-1 = R^-T R^-1``: U is ``R^-1``.
+    ``H^-1 = R^-T R^-1``: U is ``R^-1 = J L^-1 J``. All in float64 and in place: one such matrix at a time. Raises
+    torch.linalg.LinAlgError if the damped H is not positive definite.
     """
-    damped = moment.flip(0, 1)
-    damped.diagonal().add_(damping_floor(damping, float(moment.diagonal().mean())))
-    root = torch.linalg.cholesky(damped).flip(0, 1)
-    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    backwards = order.flip(0)
+    damped = moment[backwards[:, None], backwards].double()
+    damped.diagonal().add_(damping_floor(damping, float(damped.diagonal().mean())))
+    # symmetric: a row-major array is its own column-major one, whose upper factor is the lower one here
+    root, unlike = dpotrf(damped.numpy().T, lower=0, overwrite_a=1)
+    if unlike:
+        raise torch.linalg.LinAlgError("a damped second moment is not positive definite")
+    inverse, _ = dtrtri(root, lower=0, overwrite_c=1)
+    return torch.from_numpy(inverse.T[::-1, ::-1].astype(numpy.float32))

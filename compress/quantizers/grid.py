@@ -13,6 +13,7 @@ import torch
 
 from checkpoint.forms import Grid
 
+SEARCHED = 1 << 20  # weights whose scales are searched at a time
 # parts of a group's range that the search for a clipped one tries
 PARTS = tuple(1.0 - 0.02 * step for step in range(31))
 
@@ -55,11 +56,20 @@ def find_scales(
     Each group's range is shrunk step by step, and the range with the least squared error, each input counted by ``importance``
     ``(d_in,)``, is kept. Scales are rounded to ``dtype``, in which they are stored, before any code is chosen.
     """
-    groups = grid.groups(weight.shape[1])
-    grouped = weight.float().unflatten(1, (groups, -1))
     counted = torch.ones(weight.shape[1]) if importance is None else importance.float()
     # an input that the text never excited still counts a little: its weights must not be clipped away
-    counted = (counted + 1e-3 * counted.mean() + torch.finfo(torch.float32).tiny).unflatten(0, (groups, -1))
+    counted = counted + 1e-3 * counted.mean() + torch.finfo(torch.float32).tiny
+    found = [_search(rows, grid, counted, dtype) for rows in weight.split(max(1, SEARCHED // weight.shape[1]))]
+    scale = torch.cat([scale for scale, _ in found])
+    return scale, None if grid.symmetric else torch.cat([zero for _, zero in found])
+
+
+def _search(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points (nought where the grid has none) of some rows."""
+    groups = grid.groups(weight.shape[1])
+    grouped, counted = weight.float().unflatten(1, (groups, -1)), importance.unflatten(0, (groups, -1))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     best = torch.full(low.shape, torch.inf)
     scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros(low.shape, dtype=torch.int8)
@@ -74,7 +84,7 @@ def find_scales(
         scale = torch.where(better, tried, scale)
         if shift is not None:
             zero = torch.where(better, shift, zero)
-    return scale, None if grid.symmetric else zero
+    return scale, zero
 
 
 def _scale(

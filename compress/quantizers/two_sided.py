@@ -22,7 +22,7 @@ from compress.quantizers.gptq import Columns, Levels, inverse_root
 from compress.quantizers.grid import Quantized, find_scales
 
 ROWS = 64
-TOGETHER = 1 << 25  # weights that are rounded at a time, on several grids: 128 MB
+TOGETHER = 1 << 24  # weights that are rounded at a time, on several grids: 64 MB
 # of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
 OUTPUT_DAMPING = 0.1
 
@@ -42,9 +42,8 @@ def two_sided_rounding(
     if inputs is None or outputs is None:
         raise ValueError("the second moments of the input and of the output's gradient are needed")
     columns = Columns(inputs, damping)
-    moment = outputs.double()
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_root(moment[order][:, order], OUTPUT_DAMPING).float()
+    order = outputs.diagonal().argsort(descending=True, stable=True)
+    upper = inverse_root(outputs, OUTPUT_DAMPING, order)
     found: list[Quantized] = []
     together = max(1, TOGETHER // weight.numel())
     for first in range(0, len(grids), together):
