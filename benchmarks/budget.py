@@ -10,7 +10,6 @@ finished stays in benchmarks/results/budget.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,13 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tables import line  # noqa: E402
+from tables import line, study  # noqa: E402
 
 from checkpoint.forms import Grid, Spec  # noqa: E402
-from compress.pipeline import offline_model  # noqa: E402
 from compress.plan import make_source  # noqa: E402
 from compress.recipe import load_recipe  # noqa: E402
-from eval.quiet import quiet_libraries  # noqa: E402
 from eval.results import EvaluationSettings  # noqa: E402
 from eval.run import compare  # noqa: E402
 
@@ -54,13 +51,8 @@ def exact_ratios(model: Path) -> dict[int, str]:
 
 def main() -> None:
     """Compress, measure, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--calibration", default="offline")
-    parser.add_argument("--text", default="sciq-validation", help="the first test text; BoolQ validation is the second")
-    options = parser.parse_args()
-    quiet_libraries()
-    model = options.model or offline_model()
+    options = study(__doc__)
+    model = options.model
     exact = exact_ratios(model)
     settings = EvaluationSettings(texts=(options.text, "boolq-validation"), max_windows=24, tasks=(), limit=None)
     line(["asked", "", "bytes", "bits per decoder weight", "predicted", *("ppl", "excess", "KL") * 2])

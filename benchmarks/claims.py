@@ -18,10 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tables import accuracies, line  # noqa: E402
+from tables import accuracies, line, study  # noqa: E402
 
-from compress.pipeline import offline_model  # noqa: E402
-from eval.quiet import quiet_libraries  # noqa: E402
 from eval.results import EvaluationSettings  # noqa: E402
 from eval.run import compare  # noqa: E402
 from eval.task_files import TASKS  # noqa: E402
@@ -97,13 +95,7 @@ def ranks_by_role(output: Path) -> dict[str, float]:
 
 def main() -> None:
     """Compress, measure, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--calibration", default="offline")
-    parser.add_argument("--text", default="sciq-validation", help="the first test text; BoolQ validation is the second")
-    options = parser.parse_args()
-    quiet_libraries()
-    options.model = options.model or offline_model()
+    options = study(__doc__)
     RESULTS.mkdir(parents=True, exist_ok=True)
     texts = (options.text, "boolq-validation")
     for claim, rows in CLAIMS.items():

@@ -1,9 +1,26 @@
-"""What the benchmarks print: rows of Markdown tables, accuracies of evaluations."""
+"""What the benchmarks share: their flags, rows of Markdown tables, figures of evaluations."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+
+def study(description: str | None) -> argparse.Namespace:
+    """The flags of a study of one model: ``model`` (the offline one by default), ``calibration`` and ``text``."""
+    from compress.pipeline import offline_model
+    from eval.quiet import quiet_libraries
+
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calibration", default="offline")
+    parser.add_argument("--text", default="sciq-validation", help="the first test text; BoolQ validation is the second")
+    options = parser.parse_args()
+    quiet_libraries()
+    options.model = options.model or offline_model()
+    return options
 
 
 def line(cells: Iterable[Any]) -> None:

@@ -19,7 +19,7 @@ class LayerpressConfig(BaseConfig):
     """The base model's configuration plus ``layerpress``: the format, and how every compressed linear is stored.
 
     ``runtime``: packed weights become ``dense`` ones at their first use, or stay ``packed`` for torch's int4 kernel on a CPU (less
-    memory, faster for a few rows at a time, slower for many); ``from_pretrained(DIR, runtime="packed")`` says otherwise than config.json.
+    memory, for the few rows at a time of decoding); ``from_pretrained(DIR, runtime="packed")`` says otherwise than config.json.
     """
 
     model_type = "layerpress_llama"

@@ -65,7 +65,7 @@ class Columns:
 
     def __init__(self, inputs: torch.Tensor, damping: float) -> None:
         self._order = inputs.diagonal().argsort(descending=True, stable=True)
-        self._upper = inverse_root(inputs, damping, self._order)
+        self._upper = torch.from_numpy(inverse_root(inputs, damping, self._order).astype(numpy.float32))
 
     def round(self, weights: Sequence[torch.Tensor], on: Sequence[Levels]) -> list[torch.Tensor]:
         """Codes int8 of each of the weights, float32 ``(rows, d_in)``, each on its levels; all go through the columns together."""
@@ -102,8 +102,8 @@ class Columns:
         return self._by_column(torch.zeros_like(levels.scale) if levels.zero is None else levels.zero)
 
 
-def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float32, rows and columns of H in ``order``.
+def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> numpy.ndarray:
+    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float64, a view; rows and columns of H in ``order``.
 
     With ``J`` reversing the order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, and so
     ``H^-1 = R^-T R^-1``: U is ``R^-1 = J L^-1 J``. All in float64 and in place: one such matrix at a time. Raises
@@ -117,4 +117,5 @@ def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> t
     if unlike:
         raise torch.linalg.LinAlgError("a damped second moment is not positive definite")
     inverse, _ = dtrtri(root, lower=0, overwrite_c=1)
-    return torch.from_numpy(inverse.T[::-1, ::-1].astype(numpy.float32))
+    turned: numpy.ndarray = inverse.T[::-1, ::-1]
+    return turned

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 from checkpoint.forms import Grid
@@ -43,7 +44,7 @@ def two_sided_rounding(
         raise ValueError("the second moments of the input and of the output's gradient are needed")
     columns = Columns(inputs, damping)
     order = outputs.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_root(outputs, OUTPUT_DAMPING, order)
+    upper = torch.from_numpy(inverse_root(outputs, OUTPUT_DAMPING, order).astype(numpy.float32))
     found: list[Quantized] = []
     together = max(1, TOGETHER // weight.numel())
     for first in range(0, len(grids), together):
