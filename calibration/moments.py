@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
 TINY = torch.finfo(torch.float32).tiny
 ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
+BAND = 256  # rows of a Gram matrix that are made at a time: narrower ones save more, and keep the multipliers less busy
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,18 @@ def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """``total += rows^T rows``; ``rows`` is ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32."""
+    """``total += rows^T rows``; ``rows`` is ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32 and symmetric.
+
+    Products are made on and right of the diagonal, in bands, and copied across it.
+    """
+    bands = range(0, len(total), BAND)
     with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
         for chunk in rows.split(ROWS):
             wide = chunk.float()
-            total.addmm_(wide.T, wide)
+            for first in bands:
+                total[first : first + BAND, first:].addmm_(wide[:, first : first + BAND].T, wide[:, first:])
+    for first in bands[1:]:
+        total[first : first + BAND, :first] = total[:first, first : first + BAND].T
 
 
 def _pull_into(total: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

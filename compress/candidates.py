@@ -7,15 +7,16 @@ sides our own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from calibration.moments import Moments, exact_bfloat16_products
-from checkpoint.forms import Grid
+from checkpoint.forms import Grid, Spec
 from compress.methods import METHODS, NATS
-from compress.parts import Factors
+from compress.packing import quantized_factors
+from compress.parts import Factors, LowRank
 from compress.quantizers import QUANTIZERS, Quantized
 
 
@@ -44,10 +45,11 @@ class Quantization:
         """The moments."""
         quantizer = QUANTIZERS[self.quantizer]
         needs = set(METHODS[self.decomposition].needs)
-        if "second" in needs:
-            needs.add("input")  # the output's moment is that of W, not of the error
+        inputs = "weighted" if self.weighted else "input"
+        if "second" in needs:  # at the input: the output's moment is that of W, not of the error
+            needs = needs - {"second"} | {inputs}
         if quantizer.inputs:
-            needs.add("weighted" if self.weighted else "input")
+            needs.add(inputs)
         if quantizer.outputs or "gradient" in needs:
             needs.add("output_gradient")
         return frozenset(needs)
@@ -125,6 +127,20 @@ def moments_of_error(error: torch.Tensor, moments: Moments, weighted: bool) -> M
     return replace(moments, output=None, pulled=pulled, input=moments.weighted, input_power=power)
 
 
+def quantized_product_losses(
+    weight: torch.Tensor, product: LowRank, specs: Collection[Spec], moments: Moments
+) -> torch.Tensor:
+    """``sampled_losses`` of a weight ``(d_out, d_in)`` float64 as its product with both factors on a grid, for each of ``specs``.
+
+    ``product`` holds the highest rank of them. All have one grid, whose groups divide their ranks: the codes of a lower rank are a
+    slice of the highest's.
+    """
+    (grid,) = {spec.factors for spec in specs if spec.factors}
+    rounded = quantized_factors(product, grid)
+    factors = Factors(rounded.a.dense(), rounded.b.dense(), torch.empty(0))
+    return sampled_losses(weight, factors, moments)[[spec.rank for spec in specs]]
+
+
 def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> torch.Tensor:
     """``1/2 E[(g^T (E - E_r) x)^2]`` for r = 0 ... all ranks of ``factors``, float64, over the sampled tokens: nats per token.
 
@@ -136,7 +152,7 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
     x, g = moments.input_samples.float(), moments.gradient_samples.float()
     sampled = moments.input_samples.dtype
     with exact_bfloat16_products(sampled):  # the error is rounded as the samples are: a mean of squares does not see it
-        change = ((x @ error.to(sampled).float().T) * g).sum(1, dtype=torch.float64)
+        change = torch.linalg.vecdot(x @ error.to(sampled).float().T, g).double()
     made_up = ((x @ factors.b.float().T) * (g @ factors.a.float())).cumsum(1, dtype=torch.float64)
     left = torch.cat([change.unsqueeze(1), change.unsqueeze(1) - made_up], dim=1)
     return left.square().mean(0) / 2

@@ -55,11 +55,12 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes)
 
 
 def _record_bytes(recipe: Recipe, unit: Linear) -> int:
-    """Both factors of every rank that the form can store; a byte a code on every grid, and the factors of its correction."""
+    """Both factors of every rank that the form can store; the codes on every grid, and the factors of its correction."""
     storage, sides = recipe.storage, (unit.d_out + unit.d_in) * unit.dtype.itemsize
     grids = [grid for grid in storage.grids if grid.fits(unit.d_in)]
     corrected = 0 if unit.role in ENDS else max(storage.correction_ranks)
-    return storage.largest_rank(unit) * sides + len(grids) * (unit.d_out * unit.d_in + corrected * sides)
+    codes = sum(unit.d_out * unit.d_in * grid.bits // 8 for grid in grids)
+    return storage.largest_rank(unit) * sides + codes + len(grids) * corrected * sides
 
 
 def _bytes(source: Source, names: list[str]) -> int:
@@ -90,8 +91,8 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
         solving += 24 * largest.d_in * largest.d_out
         solving += 4 * kept * (largest.d_in + largest.d_out + 3 * min(largest.d_in, largest.d_out))
     if recipe.storage.grids and tokens:
-        # both sides in full, the inputs' twice; their roots in float64, and the weight on as many grids as go together
-        moments += sum(8 * group.linears[0].d_in ** 2 for group in layer.groups)
+        # both sides in full; their roots in float64, and the weight on as many grids as go together
+        moments += sum(4 * group.linears[0].d_in ** 2 for group in layer.groups)
         moments += sum(4 * linear.d_out**2 for linear in layer.linears if recipe.backward)
         solving += 32 * max(max(linear.d_out, linear.d_in) for linear in layer.linears) ** 2
         solving += 4 * max(TOGETHER, largest.d_in * largest.d_out)

@@ -17,11 +17,11 @@ from checkpoint.forms import Grid
 from checkpoint.memory import release_memory
 from compress.allocations import ALLOCATIONS, Curve
 from compress.allocations.pooled import lower_hull
-from compress.candidates import Candidate
+from compress.candidates import Candidate, quantized_product_losses
 from compress.methods import METHODS
 from compress.parts import Factors
 from compress.plan import Plan
-from compress.records import candidate_record, to_record
+from compress.records import candidate_record, from_record, to_record
 from compress.truncation import NotFinite
 
 EMPTY = Moments(tokens=0, input_power=0.0)
@@ -49,9 +49,13 @@ def whole_menu(
             factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
             tensors |= to_record(factors, linear)
             loss[0] = factors.loss[0]
-            for choice, spec in enumerate(menu, 1):
-                if spec.weight is None:
-                    loss[choice] = factors.loss[spec.rank]
+            in_dtype = [choice for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors is None]
+            loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]]
+            on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
+            if on_grids:
+                weight = module_weight(open_layer.linear(linear.local)).double()
+                stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
+                loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear)
         if storage.grids:
             tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
             if not storage.low_rank:

@@ -10,6 +10,7 @@ from calibration.roles import CONSUMER, ENDS, PRODUCERS
 from calibration.structure import Linear
 from checkpoint.forms import FORMS, Grid, Spec
 
+DIRECTIONS = 64  # neighbouring ones of a product with quantized factors, which share scales: any cut there is a slice
 REMOVED = 0  # a choice: nothing is left, not even one of rank one; None is dense, any other an index into the menu
 
 
@@ -18,7 +19,8 @@ class Storage:
     """How compressed linears may be stored: their form, whether those without a bias are given one, whether channels go.
 
     ``low_rank``: products of every rank, in ``form``, are on the menu. ``grids``: so are packed weights on these, each with a
-    correction of each of ``correction_ranks`` (0: none) whose factors are on ``factor_grid`` (None: the weight's dtype).
+    correction of each of ``correction_ranks`` (0: none) whose factors are on ``factor_grid`` (None: the weight's dtype; else
+    products with both factors in so many bits are on the menu too, ``DIRECTIONS`` by ``DIRECTIONS``).
     ``prunes_channels``: the feed-forward network loses channels, which has forms of its own; a choice is then their number.
     """
 
@@ -86,8 +88,8 @@ class Storage:
         return full if spec.form == "packed" else min(spec.rank, full)
 
     def largest_rank(self, linear: Linear) -> int:
-        """The largest rank that is stored in fewer bytes than the dense weight (0: none is)."""
-        return max((spec.rank for spec in self.menu(linear) if spec.form == self.form), default=0)
+        """The largest rank of a product that is stored in fewer bytes than the dense weight (0: none is)."""
+        return max((spec.rank for spec in self.menu(linear) if spec.weight is None), default=0)
 
 
 def _shape(linear: Linear) -> Linear:
@@ -109,6 +111,10 @@ def _every(storage: Storage, shape: Linear) -> Iterator[Spec]:
         return
     if storage.low_rank:
         yield from (Spec(storage.form, rank) for rank in range(1, full))
+    if storage.low_rank and storage.factor_grid:
+        grid = replace(storage.factor_grid, group_size=DIRECTIONS)
+        several = range(2 * DIRECTIONS, full if grid.fits(shape.d_in) else 0, DIRECTIONS)
+        yield from (Spec("factors", rank, factors=grid) for rank in several)
     for grid in storage.grids:
         if grid.fits(shape.d_in):
             ranks = (rank for rank in storage.correction_ranks if rank < full)

@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from checkpoint.forms import Grid, Spec
 from compress.parts import LowRank
 from compress.quantizers.grid import Quantized
 from compress.quantizers.rounding import round_to_nearest
+
+TOGETHER = 1 << 22  # codes that are packed at a time: the packing widens each to 32 bits, several times over
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes int8 ``(rows, n)`` in words int32 ``(rows, ceil(n bits / 32))``."""
+    return torch.cat([pack_to_int32(part, bits) for part in codes.split(max(1, TOGETHER // codes.shape[1]))])
+
+
+def unpack_rows(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Codes int8 ``(rows, width)`` from the words of ``pack_rows``."""
+    parts = words.split(max(1, TOGETHER // width))
+    return torch.cat([unpack_from_int32(part, bits, torch.Size((len(part), width))) for part in parts])
 
 
 def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
@@ -19,7 +32,7 @@ def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]
     scale = quantized.scale
     if quantized.grid.power_of_two:
         scale = (torch.log2(scale.float()) + 127).to(torch.uint8)
-    tensors = {"weight_packed": pack_to_int32(quantized.codes, bits), "weight_scale": scale}
+    tensors = {"weight_packed": pack_rows(quantized.codes, bits), "weight_scale": scale}
     if quantized.zero is not None:
         tensors["weight_zero_point"] = pack_to_int32(quantized.zero, bits, packed_dim=0)
     return {prefix + name: tensor for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from calibration.windows import Windows, make_windows
 from checkpoint.errors import UserError
 from checkpoint.files import fsync_directory, fsync_file
-from checkpoint.memory import peak_bytes
+from checkpoint.memory import keep_large_blocks_apart, peak_bytes
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.workdir import WorkDirectory
@@ -91,6 +91,7 @@ def output_for(request: Request, ratio: float) -> Path:
 def run(request: Request) -> None:
     """Do what was asked; raises UserError for what the user can mend."""
     started = time.monotonic()
+    keep_large_blocks_apart()
     directory = offline_model() if request.model == OFFLINE else resolve_model(request.model)
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
     plans = [make_plan(source, structure, request.recipe, ratio, reason) for ratio in request.ratios]

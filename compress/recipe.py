@@ -172,6 +172,8 @@ class Recipe:
             )
         elif self.factor_bits not in (4, 8, 16):
             problem = f"factor_bits must be 4, 8 or 16, is {self.factor_bits}"
+        elif self.menu == "all" and self.factor_bits < 16 and METHODS[self.decomposition].unit != NATS:
+            problem = f"what rounding does to a product of {self.decomposition} is not measured; say factor_bits: 16, or menu: packed"
         elif self.zero_point == "stored" and self.scales == "power-of-two":
             problem = "scales that are powers of two have no zero point"
         elif self.alternations and len(ranks) != 1:

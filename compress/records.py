@@ -15,7 +15,7 @@ from calibration.structure import Linear
 from checkpoint.forms import Grid, Part, Spec
 from checkpoint.workdir import WorkDirectory
 from compress.candidates import Candidate
-from compress.packing import Packed, quantized_factors
+from compress.packing import Packed, pack_rows, quantized_factors, unpack_rows
 from compress.parts import Channels, Factors, LowRank
 from compress.pivoting import PART_FORMS
 from compress.plan import Plan
@@ -59,6 +59,8 @@ def part_of(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec) -> 
     """The part that a plan stores: recorded factors or codes, cut to a rank and put in their form, or recorded channels."""
     if spec.weight is not None:
         return _packed_part(tensors, linear, spec, spec.weight)
+    if spec.factors is not None:
+        return quantized_factors(from_record(tensors, linear).at_rank(spec.rank), spec.factors)
     if spec.form in PART_FORMS:
         return PART_FORMS[spec.form](from_record(tensors, linear).at_rank(spec.rank))
     weight, kept = tensors[f"{linear.local}.weight"], tensors[f"{linear.local}.kept"]
@@ -66,8 +68,8 @@ def part_of(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec) -> 
 
 
 def candidate_record(found: Candidate, linear: Linear) -> dict[str, torch.Tensor]:
-    """Codes, scales and correction of a candidate, by linear and grid."""
-    tensors = {"codes": found.weight.codes, "scale": found.weight.scale}
+    """Codes (packed: a record holds those of every grid), scales and correction of a candidate, by linear and grid."""
+    tensors = {"codes": pack_rows(found.weight.codes, found.weight.grid.bits), "scale": found.weight.scale}
     if found.weight.zero is not None:
         tensors["zero"] = found.weight.zero
     if found.correction is not None:
@@ -83,7 +85,8 @@ def _tag(grid: Grid) -> str:
 
 def _packed_part(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec, grid: Grid) -> Packed:
     prefix = f"{linear.local}.{_tag(grid)}"
-    weight = Quantized(tensors[f"{prefix}.codes"], tensors[f"{prefix}.scale"], tensors.get(f"{prefix}.zero"), grid)
+    codes = unpack_rows(tensors[f"{prefix}.codes"], grid.bits, linear.d_in)
+    weight = Quantized(codes, tensors[f"{prefix}.scale"], tensors.get(f"{prefix}.zero"), grid)
     if not spec.rank:
         return Packed(weight)
     correction = LowRank(tensors[f"{prefix}.a"][:, : spec.rank], tensors[f"{prefix}.b"][: spec.rank])

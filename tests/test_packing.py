@@ -8,8 +8,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.forms import Grid, stored_module
+from calibration.moments import Moments
+from checkpoint.forms import Grid, Spec, stored_module
 from checkpoint.modeling_template import unpack
+from compress import packing
+from compress.candidates import quantized_product_losses
 from compress.packing import Packed, packed_tensors, quantized_factors
 from compress.parts import LowRank
 from compress.quantizers.rounding import round_to_nearest
@@ -30,6 +33,31 @@ def test_packing_is_exact_and_dense(bits, rows, columns, dim, seed):
     words = -(-(columns if dim else rows) * bits // 32)
     assert packed.dtype == torch.int32 and packed.shape == ((rows, words) if dim else (words, columns))
     assert torch.equal(unpack(packed, bits, (rows, columns), dim), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rows_packed_a_few_at_a_time_are_as_packed_at_once(bits, monkeypatch):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (11, 37), dtype=torch.int8)
+    monkeypatch.setattr(packing, "TOGETHER", 2 * 37)
+    words = packing.pack_rows(codes, bits)
+    assert torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(packing.unpack_rows(words, bits, 37), codes)
+
+
+def test_the_loss_of_a_quantized_product_is_that_of_what_is_stored():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(160, 256, generator=generator).double()
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    x, g = torch.randn(32, 256, generator=generator), torch.randn(32, 160, generator=generator)
+    moments = Moments(32, 1.0, input_samples=x, gradient_samples=g)
+    product = LowRank((u * s.sqrt()).float()[:, :128], (s.sqrt()[:, None] * v).float()[:128])
+    specs = [Spec("factors", rank, factors=Grid(4, 64)) for rank in (128, 64)]
+    for spec, loss in zip(specs, quantized_product_losses(weight, product, specs, moments).tolist(), strict=True):
+        cut = LowRank(product.a[:, : spec.rank], product.b[: spec.rank])
+        assert spec.factors is not None
+        change = weight.float() - quantized_factors(cut, spec.factors).dense()
+        direct = ((x @ change.T) * g).sum(1).square().mean() / 2
+        assert loss == pytest.approx(float(direct), rel=1e-3)
 
 
 GRIDS = [
