@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibration.moments import Moments, exact_bfloat16_products
+from calibration.moments import Moments
 from checkpoint.forms import Grid, Spec
 from compress.methods import METHODS, NATS
 from compress.packing import quantized_factors
+from compress.parallel import each
 from compress.parts import Factors, LowRank
 from compress.quantizers import QUANTIZERS, Quantized
 
@@ -71,10 +72,7 @@ class Quantization:
         long as the loss falls (LQ-LoRA, Guo et al. 2023, arXiv 2311.12023, algorithm 1).
         """
         every = self.codes(weight, list(ranks), moments, dtype)
-        return [
-            self._alternated(weight, item, moments, rank, dtype)
-            for item, rank in zip(every, ranks.values(), strict=True)
-        ]
+        return each(lambda item: self._alternated(weight, item, moments, ranks[item.grid], dtype), every)
 
     def loss_of_all(self, weight: torch.Tensor, moments: Moments) -> float:
         """The objective when nothing is left of ``weight`` ``(d_out, d_in)`` float64: what relative errors relate to.
@@ -137,8 +135,11 @@ def quantized_product_losses(
     """
     (grid,) = {spec.factors for spec in specs if spec.factors}
     rounded = quantized_factors(product, grid)
-    factors = Factors(rounded.a.dense(), rounded.b.dense(), torch.empty(0))
-    return sampled_losses(weight, factors, moments)[[spec.rank for spec in specs]]
+    a, b = rounded.a.dense(), rounded.b.dense()
+    # from the highest rank down, a direction back at a time: what is left of a weight at last is too small a difference
+    taken_back = Factors(-a.flip(1), b.flip(0), torch.empty(0))
+    losses = sampled_losses(weight - (a @ b).double(), taken_back, moments)
+    return losses[[product.rank - spec.rank for spec in specs]]
 
 
 def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> torch.Tensor:
@@ -149,10 +150,9 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
     """
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
-    x, g = moments.input_samples.float(), moments.gradient_samples.float()
-    sampled = moments.input_samples.dtype
-    with exact_bfloat16_products(sampled):  # the error is rounded as the samples are: a mean of squares does not see it
-        change = torch.linalg.vecdot(x @ error.to(sampled).float().T, g).double()
-    made_up = ((x @ factors.b.float().T) * (g @ factors.a.float())).cumsum(1, dtype=torch.float64)
+    x, g = moments.input_samples, moments.gradient_samples
+    # the error, and what it does, are rounded as the samples are: a mean of squares does not see it
+    change = ((x @ error.to(x.dtype).T) * g).sum(1, dtype=torch.float64)
+    made_up = ((x.float() @ factors.b.float().T) * (g.float() @ factors.a.float())).cumsum(1, dtype=torch.float64)
     left = torch.cat([change.unsqueeze(1), change.unsqueeze(1) - made_up], dim=1)
     return left.square().mean(0) / 2

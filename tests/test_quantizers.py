@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.parallel import each
 from compress.quantizers import QUANTIZERS, Grid, two_sided
 from compress.quantizers.gptq import Columns, Levels, gptq, inverse_root
 from compress.quantizers.grid import find_scales, round_to, values
@@ -179,3 +180,11 @@ def test_many_grids_at_once_are_each_as_alone(name, monkeypatch):
             assert (
                 found.codes != alone.codes
             ).float().mean() < 0.01  # products of another shape may round a tie elsewhere
+
+
+def test_work_side_by_side_keeps_its_order_and_gives_the_threads_back():
+    threads = torch.get_num_threads()
+    assert each(lambda number: (number**2, torch.get_num_threads()), range(5)) == [(n**2, 1) for n in range(5)]
+    with pytest.raises(ZeroDivisionError):
+        each(lambda number: 1 / number, [1, 0])
+    assert torch.get_num_threads() == threads

@@ -73,20 +73,28 @@ class Columns:
         # a row per column of the weights: what a step touches is contiguous
         rest = self._ordered(torch.cat(list(weights)))
         steps = self._ordered(torch.cat([self._by_column(levels.scale) for levels in on]))
-        shifts = self._ordered(torch.cat([self._shifts(levels) for levels in on]))
+        symmetric = all(levels.zero is None for levels in on)
+        shifts = torch.zeros(len(rest)) if symmetric else self._ordered(torch.cat([self._shifts(item) for item in on]))
         counts = torch.tensor([len(weight) for weight in weights])
         lowest = torch.tensor([levels.grid.lowest for levels in on]).float().repeat_interleave(counts)
         highest = torch.tensor([levels.grid.highest for levels in on]).float().repeat_interleave(counts)
+        pivots = upper.diagonal().tolist()
         codes = torch.empty(rest.shape, dtype=torch.int8)
         for start in range(0, len(rest), BLOCK):
             stop = min(start + BLOCK, len(rest))
-            errors = torch.empty(stop - start, rest.shape[1])
-            for j in range(start, stop):
-                level = (rest[j] / steps[j]).add_(shifts[j]).round_().clamp_(lowest, highest)
-                codes[j] = level
-                error = torch.sub(rest[j], level.sub_(shifts[j]).mul_(steps[j]), out=errors[j - start])
-                error.div_(upper[j, j])
+            levels = torch.empty(stop - start, rest.shape[1])
+            errors = torch.empty_like(levels)
+            # few operations a column: on so few numbers each costs what it takes to start it
+            for j, level, error in zip(range(start, stop), levels.unbind(), errors.unbind(), strict=True):
+                row, step = rest[j], steps[j]
+                torch.div(row, step, out=level)
+                if not symmetric:
+                    level.add_(shifts[j])
+                level.round_().clamp_(lowest, highest)
+                value = level if symmetric else level - shifts[j]
+                torch.addcmul(row, value, step, value=-1.0, out=error).div_(pivots[j])
                 rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
+            codes[start:stop] = levels
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
         placed = torch.empty_like(codes)
         placed[self._order] = codes

@@ -19,6 +19,7 @@ import numpy
 import torch
 
 from checkpoint.forms import Grid
+from compress.parallel import each
 from compress.quantizers.gptq import Columns, Levels, inverse_root
 from compress.quantizers.grid import Quantized, find_scales
 
@@ -49,11 +50,12 @@ def two_sided_rounding(
     together = max(1, TOGETHER // weight.numel())
     for first in range(0, len(grids), together):
         some = grids[first : first + together]
-        on = [Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)) for grid in some]
-        codes = _round(weight.float()[order], [levels.of(order) for levels in on], columns, upper)
-        for levels, ordered in zip(on, codes, strict=True):
-            placed = torch.empty_like(ordered)
-            placed[order] = ordered
+        on = each(lambda grid: Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)), some)
+        ordered = [levels.of(order) for levels in on]
+        (codes,) = each(lambda found: _round(weight.float()[order], found, columns, upper), [ordered])
+        for levels, rounded in zip(on, codes, strict=True):
+            placed = torch.empty_like(rounded)
+            placed[order] = rounded
             found.append(levels.quantized(placed))
     return found
 

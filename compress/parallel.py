@@ -1,0 +1,37 @@
+"""Independent pieces of one linear's work side by side, each on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """``function`` of every item, in order, on as many threads as torch has.
+
+    Operations on small tensors lose more by being shared among threads than they gain: here a thread takes an item whole, and
+    scipy's linear algebra, whose own threads would spin beside these, has one too. No function may change what all threads
+    share, such as the precision of products.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with (
+            _loaded_pools().limit(limits=1, user_api="blas"),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _loaded_pools() -> ThreadpoolController:
+    return ThreadpoolController()
