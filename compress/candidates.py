@@ -72,7 +72,9 @@ class Quantization:
         long as the loss falls (LQ-LoRA, Guo et al. 2023, arXiv 2311.12023, algorithm 1).
         """
         every = self.codes(weight, list(ranks), moments, dtype)
-        return each(lambda item: self._alternated(weight, item, moments, ranks[item.grid], dtype), every)
+        return each(
+            lambda item: self._alternated(weight, item, moments, ranks[item.grid], dtype), every, weight.numel()
+        )
 
     def loss_of_all(self, weight: torch.Tensor, moments: Moments) -> float:
         """The objective when nothing is left of ``weight`` ``(d_out, d_in)`` float64: what relative errors relate to.

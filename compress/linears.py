@@ -32,12 +32,12 @@ def whole_menu(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss.
 
-    A linear's ``moments`` are taken out when it is its turn: they need not stay in memory.
+    A linear's ``moments`` are taken out when it is its turn, and need not stay in memory: the largest linear's are the first.
     """
     storage = plan.recipe.storage
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
-    for linear in linears:
+    for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
         release_memory()  # the heap that the layer's activations, or the last linear, left
         started = time.monotonic()
         menu = storage.menu(linear)

@@ -10,17 +10,21 @@ from typing import TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
+FEW = 1 << 22  # a matrix of 2048 x 2048
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """``function`` of every item, in order, on as many threads as torch has.
+def each(function: Callable[[Item], Result], items: Iterable[Item], numbers: int) -> list[Result]:
+    """``function`` of every item, in order; side by side, on as many threads as torch has, if its tensors hold few ``numbers``.
 
-    Operations on small tensors lose more by being shared among threads than they gain: here a thread takes an item whole, and
-    scipy's linear algebra, whose own threads would spin beside these, has one too. No function may change what all threads
-    share, such as the precision of products.
+    Operations on few numbers lose more by being shared among threads than they gain: a thread takes an item whole, and
+    scipy's linear algebra, whose own threads would spin beside these, has one too. Those on many gain, and two items' tensors would
+    be in memory together. No function may change what all threads share, such as the precision of products.
     """
+    if numbers > FEW:
+        return [function(item) for item in items]
     threads = torch.get_num_threads()
     try:
         with (

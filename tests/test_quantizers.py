@@ -184,7 +184,9 @@ def test_many_grids_at_once_are_each_as_alone(name, monkeypatch):
 
 def test_work_side_by_side_keeps_its_order_and_gives_the_threads_back():
     threads = torch.get_num_threads()
-    assert each(lambda number: (number**2, torch.get_num_threads()), range(5)) == [(n**2, 1) for n in range(5)]
+    for numbers, inside in ((1, 1), (1 << 30, threads)):
+        found = each(lambda number: (number**2, torch.get_num_threads()), range(5), numbers)
+        assert found == [(n**2, inside) for n in range(5)]
     with pytest.raises(ZeroDivisionError):
-        each(lambda number: 1 / number, [1, 0])
+        each(lambda number: 1 / number, [1, 0], 1)
     assert torch.get_num_threads() == threads

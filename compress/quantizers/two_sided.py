@@ -50,9 +50,9 @@ def two_sided_rounding(
     together = max(1, TOGETHER // weight.numel())
     for first in range(0, len(grids), together):
         some = grids[first : first + together]
-        on = each(lambda grid: Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)), some)
+        on = each(lambda grid: Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)), some, weight.numel())
         ordered = [levels.of(order) for levels in on]
-        (codes,) = each(lambda found: _round(weight.float()[order], found, columns, upper), [ordered])
+        (codes,) = each(lambda found: _round(weight.float()[order], found, columns, upper), [ordered], ROWS)
         for levels, rounded in zip(on, codes, strict=True):
             placed = torch.empty_like(rounded)
             placed[order] = rounded
