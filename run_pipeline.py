@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--ratio-scope", choices=CHOICES["ratio_scope"], help="what R counts: the whole model, or the decoder's linears"
     )
-    what.add_argument("--recipe", default="loss-aware", metavar="NAME|FILE", help="the method (%(default)s)")
+    what.add_argument("--recipe", default="auto", metavar="NAME|FILE", help="the method (%(default)s)")
     what.add_argument("--allocation", choices=CHOICES["allocation"], help="how ranks are shared out")
     what.add_argument(
         "--form", choices=CHOICES["form"], help="how a product is stored: factors, or pivoted (fewer bytes)"

@@ -18,7 +18,7 @@ from compress.quantizers.two_sided import TOGETHER
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
-PROCESS_BYTES = 480_000_000  # Python, torch and transformers before any model: measured
+PROCESS_BYTES = 560_000_000  # Python, torch, transformers and the heap before any layer: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
 SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
 
@@ -87,14 +87,15 @@ def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> 
         outputs = sum(linear.d_out for linear in layer.linears)
         kept = min(SAMPLES, tokens)
         moments += kept * (inputs + outputs) * source.compute_dtype.itemsize
-        # both factors in float64 and float32, and the kept tokens along every direction
-        solving += 24 * largest.d_in * largest.d_out
-        solving += 4 * kept * (largest.d_in + largest.d_out + 3 * min(largest.d_in, largest.d_out))
+        if recipe.storage.low_rank:
+            # both factors in float64 and float32, and the kept tokens along every direction
+            solving += 24 * largest.d_in * largest.d_out
+            solving += 4 * kept * (largest.d_in + largest.d_out + 3 * min(largest.d_in, largest.d_out))
     if recipe.storage.grids and tokens:
         # both sides in full; their roots in float64, and the weight on as many grids as go together
         moments += sum(4 * group.linears[0].d_in ** 2 for group in layer.groups)
         moments += sum(4 * linear.d_out**2 for linear in layer.linears if recipe.backward)
-        solving += 32 * max(max(linear.d_out, linear.d_in) for linear in layer.linears) ** 2
+        solving += 16 * max(max(linear.d_out, linear.d_in) for linear in layer.linears) ** 2
         solving += 4 * max(TOGETHER, largest.d_in * largest.d_out)
     return weights + max(activations, solving) + (moments if tokens else 0)
 

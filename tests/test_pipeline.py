@@ -233,8 +233,8 @@ def test_memory_does_not_grow_with_calibration_tokens(tmp_path):
 
 
 def test_loss_aware_predicts_chooses_and_compares_sizes(models, text, tmp_path, capsys):
-    """The default recipe at three sizes: ranks are pooled and nested, the prediction falls with size, a page compares them."""
-    arguments = flags(models("llama"), text, tmp_path / "out")
+    """At three sizes ranks are pooled and nested, the prediction falls with size, a page compares them."""
+    arguments = flags(models("llama"), text, tmp_path / "out", "--recipe", "loss-aware")
     arguments[arguments.index("0.7") : arguments.index("0.7") + 1] = ["0.9", "0.7", "0.5"]
     assert run_pipeline.main(arguments) == 0
     told = capsys.readouterr()
