@@ -120,6 +120,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "rank": spec.rank if spec else "",
                     "bits": spec.weight.bits if spec and spec.weight else "",
                     "group_size": spec.weight.group_size if spec and spec.weight else "",
+                    "factor_bits": spec.factors.bits if spec and spec.factors else "",
                     "bytes": plan.recipe.storage.nbytes(linear, choice),
                     "parameters": parameters,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),

@@ -32,6 +32,7 @@ from compress.allocations.welore import normalised
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
+from compress.records import RECORDS
 from eval.compare import COMPARISON, write_comparison
 from eval.report import REPORT, add_evaluation, write_report
 from eval.spectra import write_spectra
@@ -200,6 +201,7 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "compute_dtype": str(source.compute_dtype),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "records": RECORDS,
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
         "ends": recipe.packs_ends,
         "only_what_losses_choose": bool(recipe.storage.grids and ALLOCATIONS[recipe.allocation].reads),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
 import torch
+import zoo
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import run_pipeline
-from compress import pipeline
+from compress import menu, pipeline
 from compress.recipe import load_recipe
 
 IDS = torch.arange(5, 45).reshape(2, 20)
@@ -92,3 +95,21 @@ def test_a_packed_runtime_gives_the_logits_of_the_dense_one(models, text, tmp_pa
         assert torch.equal(again(IDS).logits, found)
     with pytest.raises(ValueError, match="runtime must be"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, runtime="fast")
+
+
+def test_a_product_on_a_grid_is_chosen_written_and_loaded(text, tmp_path, monkeypatch, request):
+    """Of weights of low rank ``auto`` makes products whose factors are integers; the run's own check loads them."""
+    monkeypatch.setattr(menu, "DIRECTIONS", 8)
+    menu._menu.cache_clear()
+    request.addfinalizer(menu._menu.cache_clear)
+    source = zoo.write_model(tmp_path / "model", "llama", hidden_size=64, num_hidden_layers=1, intermediate_size=64)
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if ".layers." in name and weight.dim() == 2:
+            a, b = (torch.randn(size, 16, generator=generator) / 16**0.5 for size in weight.shape)
+            weights[name] = a @ b.T / 4
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    compress(lambda _: source, text, tmp_path / "out", "", "auto", 0.16)
+    rows = list(csv.DictReader((tmp_path / "out" / "matrices.csv").open()))
+    assert any(row["form"] == "factors" and row["factor_bits"] == "8" and row["rank"] == "16" for row in rows)
