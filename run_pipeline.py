@@ -19,6 +19,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # threads that spin while they wait make everything several times slower as soon as a core has other work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# what a disk may do in the middle of a run, and the remedy
+DISK = {
+    errno.ENOSPC: ("the disk is full", "free some room"),
+    errno.EDQUOT: ("the quota of disk space is used up", "free some room"),
+    errno.EFBIG: ("the file would be larger than this process may write", "raise the limit (ulimit -f)"),
+    errno.EIO: ("the disk cannot be read or written", "see to it"),
+    errno.EROFS: ("the disk can only be read", "make it writable"),
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Tells a usage error in one line."""
@@ -152,11 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except OSError as problem:
-        if problem.errno != errno.ENOSPC:
+        if problem.errno not in DISK:
             raise
+        trouble, remedy = DISK[problem.errno]
         print(
-            f"error: the disk is full ({problem.filename or 'while writing'}); free some room and repeat the command",
-            file=sys.stderr,
+            f"error: {trouble} ({problem.filename or 'while writing'}); {remedy} and repeat the command", file=sys.stderr
         )
         return 2
     except KeyboardInterrupt:

@@ -15,8 +15,9 @@ import torch
 
 from checkpoint.files import fsync_directory, write_json
 from checkpoint.forms import Grid
-from checkpoint.sink import Entry, Replacement, ShardWriter, copy_companions
+from checkpoint.sink import Replacement, ShardWriter, copy_companions
 from checkpoint.source import Source
+from checkpoint.tensorfile import Entry
 
 SHAPE_BYTES = 16  # what compressed-tensors stores beside each packed weight: its shape, two int64
 FACTORS = {"factor_in_weight": "lora_A", "factor_out_weight": "lora_B"}

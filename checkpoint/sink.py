@@ -6,10 +6,8 @@ file that loads it. ``dense``: the stock architecture, with the factors multipli
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,35 +21,13 @@ from checkpoint.forms import FORMS, Part, Spec
 from checkpoint.shards import INDEX, as_bytes
 from checkpoint.source import Source
 from checkpoint.stock import Renumbering, pruned_config
+from checkpoint.tensorfile import Entry, header
 
 SHARD_BYTES = 5_000_000_000
 PLAIN = ""  # the role of a parameter that is stored as it is
-DTYPE_NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
 # what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 NOT_COPIED = ("config.json", INDEX, "report.json", "evaluation.json")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: known by name, dtype and shape before any weight is read."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -93,7 +69,7 @@ class ShardWriter:
         total = 0
         for name, entries in zip(self._names, self._shards, strict=True):
             with (self._directory / name).open("wb") as file:
-                file.write(_header(entries))
+                file.write(header(entries, {"format": "pt"}))
                 for entry in entries:
                     tensor = next(stream)
                     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
@@ -110,22 +86,6 @@ class ShardWriter:
             }
             write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         return total
-
-
-def _header(entries: list[Entry]) -> bytes:
-    """A safetensors header: length (8 bytes), then JSON padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def units(source: Source, layer_paths: Iterable[str]) -> list[str]:

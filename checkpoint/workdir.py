@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from checkpoint.errors import UserError
 from checkpoint.files import publish, write_json
+from checkpoint.tensorfile import write_tensors
 
 FINGERPRINT = "fingerprint.json"
 
@@ -73,9 +73,7 @@ class WorkDirectory:
         path = self._file(stage, index)
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"notes": json.dumps(notes)}
-        )
+        write_tensors(temporary, tensors, {"notes": json.dumps(notes)})
         publish(temporary, path)
 
     def get(self, stage: str, index: int, ending: str | tuple[str, ...] = "") -> dict[str, torch.Tensor]:

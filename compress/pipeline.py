@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from calibration.windows import Windows, make_windows
 from checkpoint.errors import UserError
@@ -24,6 +23,7 @@ from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import keep_large_blocks_apart, peak_bytes
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
+from checkpoint.tensorfile import write_tensors
 from checkpoint.workdir import WorkDirectory
 from compress import driver
 from compress import output as parts_out
@@ -318,7 +318,7 @@ def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
         "text_ids": torch.tensor(text_ids, dtype=torch.int64),
     }
     expected = work.path / "check.safetensors"
-    save_file(record, expected)
+    write_tensors(expected, record, {})
     layers = plan.structure.layers[0].path.rpartition(".")[0]
     dtype = str(plan.source.compute_dtype).removeprefix("torch.")
     command = [

@@ -174,7 +174,7 @@ def test_the_disk_fills_up_later(refused, models, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "record")
 
-    monkeypatch.setattr(workdir, "save_file", full)
+    monkeypatch.setattr(workdir, "write_tensors", full)
     assert "the disk is full" in refused(models("llama"))
 
 
