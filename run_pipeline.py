@@ -165,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         trouble, remedy = DISK[problem.errno]
         print(
-            f"error: {trouble} ({problem.filename or 'while writing'}); {remedy} and repeat the command", file=sys.stderr
+            f"error: {trouble} ({problem.filename or 'while writing'}); {remedy} and repeat the command",
+            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:

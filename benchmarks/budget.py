@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -29,12 +31,12 @@ from eval.run import compare  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "budget"
 BITS = (8, 6, 5, 4, 3)
 RATIOS = ("0.5", "0.4", "0.3", "0.25")
-ONE_CHOICE = ["--recipe", "quantized", "--allocation", "uniform", "--correction-rank", "0", "--bits", "3-6,8"]
-# name -> flags
-WAYS: dict[str, list[str]] = {
-    "auto": ["--recipe", "auto"],
-    "GPTQ": [*ONE_CHOICE, "--quantizer", "gptq", "--token-weights", "equal"],
-    "two-sided rounding": ONE_CHOICE,
+ONE_CHOICE = {"allocation": "uniform", "correction_rank": "0", "bits": "3-6,8"}
+# name -> recipe, and what of it is changed
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "auto": ("auto", {}),
+    "GPTQ": ("quantized", {**ONE_CHOICE, "quantizer": "gptq", "token_weights": "equal"}),
+    "two-sided rounding": ("quantized", ONE_CHOICE),
 }
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     options = study(__doc__)
     model = options.model
     exact = exact_ratios(model)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     settings = EvaluationSettings(texts=(options.text, "boolq-validation"), max_windows=24, tasks=(), limit=None)
     line(["asked", "", "bytes", "bits per decoder weight", "predicted", *("ppl", "excess", "KL") * 2])
     line(["---"] * 11)
@@ -61,14 +64,25 @@ def main() -> None:
         *((item, item) for item in RATIOS),
         *((f"{bits} bits", ratio) for bits, ratio in exact.items()),
     ]:
-        for name, flags in WAYS.items():
+        for name, (base, changes) in WAYS.items():
             if name != "auto" and asked in RATIOS:
                 continue
             slug = name.replace(" ", "-")
             output = RESULTS / f"{slug}-{ratio}"
             if not (output / "report.json").exists():
-                command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(model), *flags]
-                command += ["--target-ratio", ratio, "--calibration", options.calibration, "--evaluate", "none"]
+                recipe = RESULTS / f"{slug}.yaml"
+                recipe.write_text(yaml.safe_dump(load_recipe(base).override({"name": slug, **changes}).as_dict()))
+                command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(model)]
+                command += [
+                    "--recipe",
+                    str(recipe),
+                    "--target-ratio",
+                    ratio,
+                    "--calibration",
+                    options.calibration,
+                    "--evaluate",
+                    "none",
+                ]
                 command += ["--output", str(output), "--work-dir", str(RESULTS / f"{slug}.work")]
                 subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             report = json.loads((output / "report.json").read_text())
