@@ -259,18 +259,18 @@ class Source:
 
     @contextmanager
     def substituted(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Other values, for a while, in those of the named parameters that are loaded; what is tied to them has them too."""
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Other tensors, for a while, in place of those of the named parameters that are loaded, and of what is tied to them."""
+        kept: dict[str, torch.Tensor] = {}
         for name in (*weights, *(tied for tied, origin in self.tied.items() if origin in weights)):
             tensor = self.tensor(name)
-            if not tensor.is_meta and all(tensor is not other for other, _ in kept):
-                kept.append((tensor, tensor.detach().clone()))
-                tensor.copy_(weights[self.tied.get(name, name)])
+            if not tensor.is_meta:
+                kept[name] = tensor
+                self._set(name, weights[self.tied.get(name, name)].to(tensor.dtype))
         try:
             yield
         finally:
-            for tensor, values in kept:
-                tensor.copy_(values)
+            for name, tensor in kept.items():
+                self._set(name, tensor)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter or buffer by its state-dict name; on the meta device unless loaded."""

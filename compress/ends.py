@@ -22,6 +22,7 @@ from compress.linears import kept_candidates
 from compress.plan import Plan
 from compress.quantizers.gptq import Columns, Levels
 from compress.quantizers.grid import Quantized, find_scales
+from compress.records import candidate_record
 
 ROWS = 8192  # rounded at a time
 
@@ -51,15 +52,16 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
         moment += embedding_moment(sweep, windows)
     columns = Columns(moment, plan.recipe.quantizer_damping)
     weight = sweep.source.read(sweep.source.stored(name))
-    candidates = []
+    found = {}
     for grid in (spec.weight for spec in menu if spec.weight):
         quantized, as_read = _rounded(weight, grid, moment, columns)
         changed = {name: as_read}
         nats = head_divergence(sweep, changed) if heads else 0.0
         nats += embedding_loss(sweep, changed, windows) if embeds else 0.0
-        candidates.append(Candidate(quantized, None, torch.tensor([nats], dtype=torch.float64)))
+        losses = torch.tensor([nats], dtype=torch.float64)
+        found[grid] = losses, candidate_record(Candidate(quantized, None, losses), end)
     loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
-    tensors = kept_candidates(plan, end, candidates, loss)
+    tensors = kept_candidates(plan, end, found, loss)
     return tensors | {f"{end.local}.loss": loss}
 
 

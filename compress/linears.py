@@ -75,33 +75,35 @@ def _quantized_menu(
     """Records of the packed candidates of a linear; their losses go into ``loss``, by choice."""
     menu = plan.recipe.storage.menu(linear)
     ranks = {grid: max(spec.rank for spec in menu if spec.weight == grid) for grid in {s.weight for s in menu} if grid}
-    return kept_candidates(plan, linear, quantize(plan, open_layer, linear, moments, ranks), loss)
+    candidates = quantize(plan, open_layer, linear, moments, ranks)
+    found = {item.weight.grid: (item.loss, candidate_record(item, linear)) for item in candidates}
+    return kept_candidates(plan, linear, found, loss)
 
 
 def kept_candidates(
-    plan: Plan, linear: Linear, candidates: Iterable[Candidate], loss: torch.Tensor
+    plan: Plan,
+    linear: Linear,
+    found: Mapping[Grid, tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    loss: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Records of packed candidates, one for every grid on the menu; their losses go into ``loss``, by choice.
+    """Records of packed candidates; ``found`` has the losses by rank and the record of every grid on the menu.
 
-    Where losses decide, candidates that no budget would choose are not kept: their losses are infinite again.
+    The losses go into ``loss``, by choice. Where losses decide, candidates that no budget would choose are not kept: their losses
+    are infinite again.
     """
     storage = plan.recipe.storage
     menu = storage.menu(linear)
-    found = {item.weight.grid: item for item in candidates}
     for choice, spec in enumerate(menu, 1):
         if spec.weight is not None:
-            loss[choice] = found[spec.weight].loss[spec.rank]
+            loss[choice] = found[spec.weight][0][spec.rank]
+    kept = set(found)
     if ALLOCATIONS[plan.recipe.allocation].reads:
         curve = Curve(linear.nbytes, storage.sizes(linear), tuple(loss.tolist()))
-        chosen = {menu[point.choice - 1].weight for point in lower_hull(curve) if point.choice}
-        found = {grid: item for grid, item in found.items() if grid in chosen}
+        kept = {grid for point in lower_hull(curve) if point.choice and (grid := menu[point.choice - 1].weight)}
         for choice, spec in enumerate(menu, 1):
-            if spec.weight is not None and spec.weight not in found:
+            if spec.weight is not None and spec.weight not in kept:
                 loss[choice] = torch.inf
-    tensors: dict[str, torch.Tensor] = {}
-    for item in found.values():
-        tensors |= candidate_record(item, linear)
-    return tensors
+    return {name: tensor for grid in found if grid in kept for name, tensor in found[grid][1].items()}
 
 
 def loss_of_all(plan: Plan, open_layer: OpenLayer, linear: Linear, moments: Moments) -> float:
