@@ -2,7 +2,7 @@
 
 The stages, in order: plan (everything validated and estimated), verify the weights, decompose layer by layer,
 write, check in a fresh process, evaluate beside the dense model, report. Exit codes: 0 done, 2 the user's
-input, 1 ours, 130 interrupted (the same command goes on from where it was).
+input, 1 ours, 130 or 143 interrupted (the same command goes on from where it was).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -141,6 +143,21 @@ def run(options: argparse.Namespace, command: str) -> None:
     )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: batch systems send it before they kill."""
+
+
+def _terminated(*_: object) -> None:
+    raise Terminated
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether the system gave no more memory, to Python or to torch."""
+    return isinstance(problem, MemoryError) or (
+        isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -155,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from checkpoint.errors import UserError
     except KeyboardInterrupt:
         return 130
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         run(options, shlex.join(["python", "run_pipeline.py", *given]))
     except UserError as problem:
@@ -169,9 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except (MemoryError, RuntimeError) as problem:
+        if not out_of_memory(problem):
+            raise
+        print(
+            "error: the system gave no more memory; free some, or raise the limit, and repeat the command: what is finished is kept",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt as problem:
         print("interrupted: the same command goes on from the last finished layer", file=sys.stderr)
-        return 130
+        return 143 if isinstance(problem, Terminated) else 130
     return 0
 
 

@@ -17,16 +17,18 @@ from checkpoint.memory import release_memory
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX = "model.safetensors.index.json"
+Stamp = tuple[int, int, int]  # size, time of the last change, and number of a file
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor on disk: its key, its shard, and what the header says of it."""
+    """One tensor on disk: its key, its shard, what the header says of it, and which file it was that said so."""
 
     key: str
     shard: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stamp: Stamp
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +79,7 @@ def read_headers(shards: list[Path]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         try:
+            stamp = stamp_of(shard)
             with safe_open(shard, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118 - not a dict
                     view = handle.get_slice(key)
@@ -89,20 +92,30 @@ def read_headers(shards: list[Path]) -> dict[str, StoredTensor]:
                         raise UserError(
                             f"tensor {key} is in {tensors[key].shard.name} and in {shard.name}; bring the files again"
                         )
-                    tensors[key] = StoredTensor(key, shard, DTYPES[view.get_dtype()], tuple(view.get_shape()))
+                    tensors[key] = StoredTensor(key, shard, DTYPES[view.get_dtype()], tuple(view.get_shape()), stamp)
         except (SafetensorError, OSError) as problem:
             raise UserError(f"shard {shard} is truncated or corrupted ({problem}); bring it again") from problem
     return tensors
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What tells a file from another that takes its place, or from itself with other bytes."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def read_tensors(wanted: list[StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors, shard by shard.
 
     Each shard is opened anew for each call and closed after it: a held handle lets resident memory
-    grow to the size of the model.
+    grow to the size of the model. Raises UserError if the file is no longer the one whose header was read.
     """
-    for shard in dict.fromkeys(item.shard for item in wanted):
+    for shard, stamp in dict.fromkeys((item.shard, item.stamp) for item in wanted):
         try:
+            if stamp_of(shard) != stamp:
+                raise UserError(
+                    f"shard {shard} has changed since this run began; repeat the command: it goes on if the weights are the same"
+                )
             with safe_open(shard, framework="pt") as handle:
                 for item in wanted:
                     if item.shard == shard:
