@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.errors import UserError
+from checkpoint.errors import UserError, told
 
 POOL = 8
 PIECE_CHARACTERS = 1 << 18
@@ -88,8 +88,10 @@ def _parquet(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as problem:
-        raise UserError(f"{path} cannot be read as parquet ({problem})") from problem
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as problem:
+        if getattr(problem, "errno", None):  # the disk's trouble, not the file's
+            raise
+        raise UserError(f"{path} cannot be read as parquet ({told(problem)})") from problem
 
 
 def _dataset(name: str) -> Iterator[Any]:
@@ -100,9 +102,8 @@ def _dataset(name: str) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(parts[0], config or None, split=split, streaming=True)
     except (FileNotFoundError, ValueError, ConnectionError, OSError) as problem:
-        reason = str(problem).strip().splitlines()[0]
         raise UserError(
-            f"calibration text {name} is no file here, and no dataset could be loaded by that name ({reason}); "
+            f"calibration text {name} is no file here, and no dataset could be loaded by that name ({told(problem)}); "
             "name a .txt, .jsonl or .parquet file, a dataset as NAME:CONFIG:SPLIT, or offline"
         ) from problem
 

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command turns it into ``error: <line>`` on stderr and exit code 2, without a traceback.
     """
+
+
+def told(problem: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters; its name if it says nothing."""
+    return " ".join(str(problem).split())[:300] or type(problem).__name__

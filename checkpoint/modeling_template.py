@@ -348,7 +348,7 @@ def factorise(root: nn.Module, linears: dict[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if module is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise ValueError(f"config.json names {path!r} as compressed, which is no linear map of this model")
-        if form not in MODULES:
+        if not isinstance(form, str) or form not in MODULES:
             raise ValueError(f"config.json gives {path!r} the form {form!r}; known are {', '.join(MODULES)}")
         as_stored = isinstance(module, (nn.Linear, nn.Embedding))
         d_out, d_in = weight.shape if as_stored else (weight.shape[1], weight.shape[0])

@@ -51,7 +51,8 @@ def shard_paths(directory: Path) -> list[Path]:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{index} names {name!r}, which is not a plain file name; bring the file again")
-        missing = [name for name in names if not (directory / name).is_file()]
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = [name for name in names if name not in present]
         if missing:
             raise UserError(
                 f"shard {missing[0]} named by {index} is missing ({len(missing)} of {len(names)} are); bring it again"

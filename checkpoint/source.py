@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,7 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from checkpoint.errors import UserError
+from checkpoint.errors import UserError, told
 from checkpoint.memory import release_memory
 from checkpoint.shards import StoredTensor, read_headers, read_tensors, shard_paths
 
@@ -51,9 +52,8 @@ def resolve_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
-        reason = str(problem).strip().splitlines()[0]
         raise UserError(
-            f"{model} is not a directory here, and the hub did not give it ({reason}); name a local directory"
+            f"{model} is not a directory here, and the hub did not give it ({told(problem)}); name a local directory"
         ) from problem
 
 
@@ -79,10 +79,16 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as problem:
+    except REFUSALS as problem:
         hint = "; if you trust its code, say --trust-remote-code" if "auto_map" in raw else ""
-        reason = str(problem).strip().splitlines()[0]
-        raise UserError(f"transformers does not know the model in {directory}: {reason}{hint}") from problem
+        raise UserError(f"transformers does not know the model in {directory}: {told(problem)}{hint}") from problem
+
+
+# what transformers may raise of a config.json that it can make no model of
+REFUSALS = (
+    *(ValueError, KeyError, TypeError, OSError, AttributeError, AssertionError, IndexError, OverflowError),
+    *(RuntimeError, ZeroDivisionError, StrictDataclassError),
+)
 
 
 class Source:
@@ -96,14 +102,19 @@ class Source:
         self.compute_dtype = compute_dtype
         self.config = read_config(directory, trust_remote_code)
         self.tensors = read_headers(shard_paths(directory))
+        layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > len(self.tensors):
+            raise UserError(
+                f"{directory / 'config.json'} asks for {layers} layers, but there are {len(self.tensors)} tensors; "
+                "the two files do not belong together"
+            )
         with init_empty_weights(include_buffers=False):
             try:
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=compute_dtype, trust_remote_code=trust_remote_code
                 )
-            except (ValueError, KeyError, TypeError) as problem:
-                reason = str(problem).strip().splitlines()[0]
-                raise UserError(f"unsupported model class {type(self.config).__name__}: {reason}") from problem
+            except REFUSALS as problem:
+                raise UserError(f"unsupported model class {type(self.config).__name__}: {told(problem)}") from problem
         self.model: Any = model.eval().requires_grad_(False)
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         self._conversions = get_model_conversion_mapping(self.model)

@@ -45,9 +45,18 @@ class WorkDirectory:
                 if item.name != "lock":
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
         if recorded.is_file():
-            self._compare(json.loads(recorded.read_text(encoding="utf-8")), fingerprint)
+            self._compare(self._read(recorded), fingerprint)
         else:
             write_json(recorded, dict(fingerprint))
+
+    def _read(self, recorded: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(recorded.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise UserError(f"{recorded} is damaged ({problem}); say --fresh to start again") from problem
+        if not isinstance(found, dict):
+            raise UserError(f"{recorded} is damaged (it holds no fingerprint); say --fresh to start again")
+        return found
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

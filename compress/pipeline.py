@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from calibration.windows import Windows, make_windows
-from checkpoint.errors import UserError
+from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import keep_large_blocks_apart, peak_bytes
 from checkpoint.shards import verify_weights
@@ -150,8 +150,8 @@ def already_done(output: Path, identity: dict[str, Any], fresh: bool) -> bool:
     if fresh or not (output / REPORT).is_file():
         return False
     try:
-        recorded = json.loads((output / REPORT).read_text(encoding="utf-8"))["fingerprint"]
-    except (ValueError, KeyError, TypeError) as problem:
+        recorded = dict(json.loads((output / REPORT).read_text(encoding="utf-8"))["fingerprint"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(
             f"{output / REPORT} is damaged; say --fresh to write {output} again, or name another --output"
         ) from problem
@@ -172,9 +172,7 @@ def calibration_windows(source: Source, recipe: Recipe) -> Windows | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory)
     except (ValueError, OSError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"no tokenizer could be loaded from {source.directory} ({str(problem).splitlines()[0]})"
-        ) from problem
+        raise UserError(f"no tokenizer could be loaded from {source.directory} ({told(problem)})") from problem
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.sequence_length > positions:
         raise UserError(

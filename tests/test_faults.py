@@ -101,3 +101,12 @@ def test_no_more_memory(models, text, tmp_path, monkeypatch, capsys, problem):
     assert told[-1].startswith("error: the system gave no more memory") and "Traceback" not in told
     monkeypatch.undo()
     assert run_pipeline.main(arguments) == 0
+
+
+def test_damaged_files_are_read_or_refused():
+    """Twenty seconds of benchmarks/fuzz.py."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--seconds", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) >= 11 and all(int(runs) >= 25 and findings == "0" for _, runs, _, findings in rows)
