@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,28 +152,14 @@ def child(arguments: list[str], root: Path, at: int | None = None, number: int |
     return os.waitstatus_to_exitcode(status), seen, told.read_text()
 
 
-def checks_in_this_process() -> None:
-    """The load check without a process of its own: it reads, and what it would say is what is looked at here."""
+def check_in_this_process(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The load check without a process of its own: it only reads."""
     from checkpoint import check
-    from compress import pipeline
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        out = io.StringIO()
-        before, sys.argv = sys.argv, command[2:]
-        try:
-            with contextlib.redirect_stdout(out):
-                code = check.main()
-        finally:
-            sys.argv = before
-        return subprocess.CompletedProcess(command, code, out.getvalue(), "")
-
-    class Processes:
-        """Stands for ``subprocess`` in the pipeline."""
-
-        DEVNULL, PIPE = subprocess.DEVNULL, subprocess.PIPE
-
-    Processes.run = staticmethod(run)  # type: ignore[attr-defined]
-    pipeline.subprocess = Processes  # type: ignore[attr-defined]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = check.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), "")
 
 
 def flags(name: str, more: list[str], model: Path, text: Path, root: Path) -> list[str]:
@@ -190,8 +176,10 @@ def suite(directory: Path, names: list[str], every: int) -> Iterator[tuple[str, 
     import torch
     import zoo
 
+    from compress import pipeline
+
     torch.set_num_threads(1)  # a forked child has no threads but its own
-    checks_in_this_process()
+    pipeline.run_check = check_in_this_process
     text = zoo.write_text(directory / "text.txt", 3000)
     for name in names:
         architecture, more = RUNS[name]

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def check(directory: Path, expected: Path, layers: str, dtype: torch.dtype, trus
     return None
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Exit code 0 if the checkpoint is good; else 1 and one line of JSON saying why."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
@@ -93,7 +94,7 @@ def main() -> int:
     parser.add_argument("--layers", required=True, help="path of the list of decoder layers")
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--trust-remote-code", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     problem = check(
         arguments.directory,
         arguments.expected,

@@ -319,10 +319,7 @@ def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
     write_tensors(expected, record, {})
     layers = plan.structure.layers[0].path.rpartition(".")[0]
     dtype = str(plan.source.compute_dtype).removeprefix("torch.")
-    command = [
-        sys.executable,
-        "-m",
-        "checkpoint.check",
+    arguments = [
         str(directory),
         "--expected",
         str(expected),
@@ -332,14 +329,24 @@ def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
         dtype,
     ]
     if plan.recipe.export == "factored":
-        command.append("--trust-remote-code")
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=child_environment(), check=False
-    )
+        arguments.append("--trust-remote-code")
+    done = run_check(arguments)
     if done.returncode:
         told = done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:]
         raise RuntimeError(f"the written checkpoint {directory} does not load as it should: {' '.join(told)}")
     return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
+
+
+def run_check(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """``checkpoint.check`` in a fresh process, with nothing of this one but what it is told."""
+    return subprocess.run(
+        [sys.executable, "-m", "checkpoint.check", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=child_environment(),
+        check=False,
+    )
 
 
 def child_environment() -> dict[str, str]:
