@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 
@@ -355,9 +356,10 @@ def test_welore_tells_its_components(models, text, tmp_path):
     assert run_pipeline.main([*arguments, "--evaluate", "none", "--output", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert (out / "spectra.png").stat().st_size > 5000
-    rows = [row.split(",") for row in (out / "matrices.csv").read_text().splitlines()[1:]]
-    full = {row[1]: min(int(row[2]), int(row[3])) for row in rows}
-    kept = sum(full[row[1]] if row[4] == "dense" else int(row[5]) for row in rows)
-    assert abs(report["sizes"]["effective_rank_reduction"] - (1 - kept / sum(full[row[1]] for row in rows))) < 1e-9
-    assert all(int(row[9]) <= int(row[2]) * int(row[3]) for row in rows), "no matrix is enlarged"
+    rows = list(csv.DictReader((out / "matrices.csv").open(encoding="utf-8")))
+    full = {row["matrix"]: min(int(row["d_out"]), int(row["d_in"])) for row in rows}
+    kept = sum(full[row["matrix"]] if row["form"] == "dense" else int(row["rank"]) for row in rows)
+    whole = sum(full[row["matrix"]] for row in rows)
+    assert abs(report["sizes"]["effective_rank_reduction"] - (1 - kept / whole)) < 1e-9
+    assert all(int(row["parameters"]) <= int(row["d_out"]) * int(row["d_in"]) for row in rows), "no matrix is enlarged"
     assert "data-free" in (out / "README.md").read_text()
