@@ -43,6 +43,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def checks_in_this_process(request, monkeypatch):
-    """Every run ends with a check in a fresh process, of four seconds; test_contract has them so, the others do not wait."""
-    if request.module.__name__ != "test_contract":
+    """Every run ends with a check in a fresh process, of four seconds; those that are marked have them so, the others do not wait."""
+    if request.node.get_closest_marker("checks_in_fresh_processes") is None:
         monkeypatch.setattr(pipeline, "run_check", check_in_this_process)
