@@ -1,6 +1,6 @@
 """Peak memory of a compression against depth and tokens, and against a 2 GB checkpoint; prints a table.
 
-    python benchmarks/memory.py [--recipe svd-llm]
+    python benchmarks/memory.py [--recipe svd-llm] [--large LAYERS --ratio R]
 
 Synthetic llama-shaped checkpoints; each compression is a process of its own and reports its high-water mark.
 """
@@ -29,7 +29,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="svd-llm")
-    recipe = parser.parse_args().recipe
+    parser.add_argument("--ratio", default="0.8", help="of the decoder (%(default)s)")
+    parser.add_argument(
+        "--large", type=int, metavar="LAYERS", help="the wide checkpoint alone, of so many layers (40: 2 GB)"
+    )
+    options = parser.parse_args()
+    recipe, cases = options.recipe, [(LARGE, options.large, 2048)] if options.large else CASES
     results = ROOT / "benchmarks" / "results" / "memory"
     results.mkdir(parents=True, exist_ok=True)
     text = results / "text.txt"
@@ -38,13 +43,13 @@ def main() -> None:
         "| layers | width | tokens | checkpoint MB | planned peak MB | measured peak MB | check's peak MB | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for shape, layers, tokens in CASES:
+    for shape, layers, tokens in cases:
         source, output = results / "source", results / "output"
         size = write(source, layers=layers, **shape)
         command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
         command += [
             "--target-ratio",
-            "0.8",
+            options.ratio,
             "--ratio-scope",
             "decoder",
             "--calibration",

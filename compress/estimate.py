@@ -14,11 +14,13 @@ from calibration.sweep import SAMPLES
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
-from compress.quantizers.two_sided import TOGETHER
+from compress.quantizers import QUANTIZERS
+from compress.quantizers.two_sided import ROWS, TOGETHER
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
 PROCESS_BYTES = 560_000_000  # Python, torch, transformers and the heap before any layer: measured
+COLUMN_SECONDS, SEARCH_SECONDS = 5e-5, 4e-8  # a step of a rounding; the scale of a weight: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
 SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
 
@@ -111,8 +113,14 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) 
         25.0 * min(linear.d_in, linear.d_out) ** 3 + 6.0 * linear.d_in * linear.d_out * min(linear.d_in, linear.d_out)
         for linear in structure.linears
     )
-    # a quantizer propagates the errors of every column to all later ones, on every grid
-    solving += sum(len(recipe.storage.grids) * linear.d_out * linear.d_in**2 for linear in structure.linears)
+    quantizing = 0.0
+    if recipe.storage.grids:
+        quantizing = sum(_quantizing_seconds(recipe, linear) for linear in structure.linears)
+        # the errors of every column go to all later ones, on every grid
+        solving += sum(len(recipe.storage.grids) * linear.d_out * linear.d_in**2 for linear in structure.linears)
+        sides = sum(group.linears[0].d_in ** 2 for layer in structure.layers for group in layer.groups)
+        sides += sum(linear.d_out**2 for linear in structure.linears) if backward else 0
+        flops += 1.0 * tokens * sides  # half of a product: symmetric
     reading = 3 * source.nbytes / 1e9
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:
         # every variant of a layer's linears goes through the layers behind it, and through the head
@@ -125,8 +133,18 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) 
         flops / _flops_per_second(source.compute_dtype)
         + 2.0 * tokens * squares * (2 if backward else 1) / _flops_per_second(torch.float32)
         + solving / _flops_per_second(torch.float64)
+        + quantizing
         + reading
     )
+
+
+def _quantizing_seconds(recipe: Recipe, linear: Linear) -> float:
+    """Of the steps that no matrix product hides: a column of a block of rows at a time, and the search for scales."""
+    weights, grids = linear.d_out * linear.d_in, len(recipe.storage.grids)
+    blocks, passes = 1, grids
+    if QUANTIZERS[recipe.quantizer].outputs:
+        blocks, passes = -(-linear.d_out // ROWS), -(-grids // max(1, TOGETHER // weights))
+    return COLUMN_SECONDS * passes * blocks * linear.d_in + SEARCH_SECONDS * grids * weights
 
 
 def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
