@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # glibc's mallopt: parameters, and what they are set to
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENAS = -1, -3, -8
 LARGE_BLOCK, FREE_AT_THE_TOP = 16 << 20, 256 << 20
 
 
@@ -27,11 +27,13 @@ def keep_large_blocks_apart() -> None:
 
     glibc moves its own threshold up to 32 MB as blocks are freed, and then a wide layer's matrices lie in the heap, between
     small blocks that hold it open: a fifth of the peak. Smaller blocks than these would cost more time than they save memory.
+    With a heap for every thread the peak rises from layer to layer: there is one for all.
     """
     option = _of_glibc("mallopt")
     if option is not None:
         option(MMAP_THRESHOLD, LARGE_BLOCK)
         option(TRIM_THRESHOLD, FREE_AT_THE_TOP)
+        option(ARENAS, 1)
 
 
 def release_memory() -> None:
