@@ -72,17 +72,15 @@ def main() -> None:
             if not (output / "report.json").exists():
                 recipe = RESULTS / f"{slug}.yaml"
                 recipe.write_text(yaml.safe_dump(load_recipe(base).override({"name": slug, **changes}).as_dict()))
-                command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(model)]
-                command += [
+                command = [
+                    sys.executable,
+                    str(ROOT / "run_pipeline.py"),
+                    "--model",
+                    str(model),
                     "--recipe",
                     str(recipe),
-                    "--target-ratio",
-                    ratio,
-                    "--calibration",
-                    options.calibration,
-                    "--evaluate",
-                    "none",
                 ]
+                command += ["--target-ratio", ratio, "--calibration", options.calibration, "--evaluate", "none"]
                 command += ["--output", str(output), "--work-dir", str(RESULTS / f"{slug}.work")]
                 subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             report = json.loads((output / "report.json").read_text())

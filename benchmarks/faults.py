@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "svd-llm refitted": ("llama", ["--recipe", "svd-llm", "--refit", "anchored"]),
     "asvd-search": ("llama", ["--recipe", "asvd-search"]),
     "quantized": ("llama", ["--recipe", "quantized", "--group-size", "16", "--ratio-scope", "model"]),
-    "auto adapter": (
+    "gptq adapter": (
         "llama",
         ["--recipe", "gptq", "--group-size", "16", "--export", "adapter", "--target-ratio", "0.6"],
     ),
@@ -119,15 +119,6 @@ class Written:
         return getattr(self._file, name)
 
 
-def content(directory: Path) -> str:
-    """A hash of the files that make a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".py") or path.name in ("config.json", "adapter_config.json"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def child(arguments: list[str], root: Path, at: int | None = None, number: int | None = None) -> tuple[int, int, str]:
     """Run the command in a forked child; its exit code, the operations it saw, and what it said."""
     told = root.with_suffix(".told")
@@ -143,10 +134,11 @@ def child(arguments: list[str], root: Path, at: int | None = None, number: int |
 
                 code = run_pipeline.main(arguments)
                 counted.write_text(str(faults.seen))
-            except BaseException as problem:  # noqa: BLE001 - a traceback is what the parent reports
-                print(f"Traceback: {problem!r}")
-            file.flush()
-            os._exit(code)
+            finally:  # whatever was raised goes no further than this process: the parent reads it
+                if sys.exc_info()[0]:
+                    traceback.print_exc()
+                file.flush()
+                os._exit(code)
     status = os.waitpid(pid, 0)[1]
     seen = int(counted.read_text()) if counted.exists() else 0
     return os.waitstatus_to_exitcode(status), seen, told.read_text()
@@ -194,7 +186,7 @@ def suite(directory: Path, names: list[str], every: int) -> Iterator[tuple[str, 
         code, operations, told = child(flags(name, more, model, text, root), root)
         if code:
             raise RuntimeError(f"{name} fails without any fault: {told}")
-        whole = content(root / "out")
+        whole = zoo.content(root / "out")
         shutil.rmtree(root)
         wrong: list[str] = []
         points = [(at, fault) for at in range(0, operations, every) for fault in FAULTS]
@@ -206,10 +198,10 @@ def suite(directory: Path, names: list[str], every: int) -> Iterator[tuple[str, 
             expected = KILLED if fault == "killed" else 2
             if code not in (expected, 0) or (code == 2 and (len(lines) != 1 or lines[0].startswith("Traceback"))):
                 wrong.append(f"{name}, {fault} at {at}: exit code {code}, {told[-300:]}")
-            if (root / "out").exists() and content(root / "out") != whole:
+            if (root / "out").exists() and zoo.content(root / "out") != whole:
                 wrong.append(f"{name}, {fault} at {at}: something else stands under the final name")
             code, _, told = child(arguments, root)
-            if code or content(root / "out") != whole:
+            if code or zoo.content(root / "out") != whole:
                 wrong.append(f"{name}, {fault} at {at}: the same command does not end in the same bytes: {told[-300:]}")
             shutil.rmtree(root)
         yield name, operations, len(points), wrong

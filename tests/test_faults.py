@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import zoo
-from test_pipeline import ROOT, content, flags
+from test_pipeline import ROOT, flags
+from zoo import content
 
 import run_pipeline
 from checkpoint.workdir import WorkDirectory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from zoo import content
 
 import run_pipeline
 from calibration.structure import discover
@@ -41,14 +41,6 @@ def flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
         *SMALL,
         *more,
     ]
-
-
-def content(directory: Path) -> dict[str, str]:
-    """Hashes of the files that make the checkpoint."""
-    files = [
-        path for path in directory.iterdir() if path.suffix in (".safetensors", ".py") or path.name == "config.json"
-    ]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("recipe", ["svd-llm", "llm-rom"])

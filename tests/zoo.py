@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,10 @@ def write_model(
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     write_tokenizer(directory)
     return directory
+
+
+def content(directory: Path) -> dict[str, str]:
+    """Hashes of the files that make a checkpoint."""
+    named = ("config.json", "adapter_config.json")
+    files = [path for path in directory.iterdir() if path.suffix in (".safetensors", ".py") or path.name in named]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -66,6 +66,7 @@ class Columns:
     def __init__(self, inputs: torch.Tensor, damping: float) -> None:
         self._order = inputs.diagonal().argsort(descending=True, stable=True)
         self._upper = torch.from_numpy(inverse_root(inputs, damping, self._order).astype(numpy.float32))
+        self._pivots = self._upper.diagonal().tolist()
 
     def round(self, weights: Sequence[torch.Tensor], on: Sequence[Levels]) -> list[torch.Tensor]:
         """Codes int8 of each of the weights, float32 ``(rows, d_in)``, each on its levels; all go through the columns together."""
@@ -73,12 +74,12 @@ class Columns:
         # a row per column of the weights: what a step touches is contiguous
         rest = self._ordered(torch.cat(list(weights)))
         steps = self._ordered(torch.cat([self._by_column(levels.scale) for levels in on]))
-        symmetric = all(levels.zero is None for levels in on)
-        shifts = torch.zeros(len(rest)) if symmetric else self._ordered(torch.cat([self._shifts(item) for item in on]))
+        shifts = None
+        if any(levels.zero is not None for levels in on):
+            shifts = self._ordered(torch.cat([self._shifts(levels) for levels in on]))
         counts = torch.tensor([len(weight) for weight in weights])
         lowest = torch.tensor([levels.grid.lowest for levels in on]).float().repeat_interleave(counts)
         highest = torch.tensor([levels.grid.highest for levels in on]).float().repeat_interleave(counts)
-        pivots = upper.diagonal().tolist()
         codes = torch.empty(rest.shape, dtype=torch.int8)
         for start in range(0, len(rest), BLOCK):
             stop = min(start + BLOCK, len(rest))
@@ -88,11 +89,11 @@ class Columns:
             for j, level, error in zip(range(start, stop), levels.unbind(), errors.unbind(), strict=True):
                 row, step = rest[j], steps[j]
                 torch.div(row, step, out=level)
-                if not symmetric:
+                if shifts is not None:
                     level.add_(shifts[j])
                 level.round_().clamp_(lowest, highest)
-                value = level if symmetric else level - shifts[j]
-                torch.addcmul(row, value, step, value=-1.0, out=error).div_(pivots[j])
+                value = level if shifts is None else level - shifts[j]
+                torch.addcmul(row, value, step, value=-1.0, out=error).div_(self._pivots[j])
                 rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
             codes[start:stop] = levels
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)

@@ -52,6 +52,7 @@ def two_sided_rounding(
         some = grids[first : first + together]
         on = each(lambda grid: Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)), some, weight.numel())
         ordered = [levels.of(order) for levels in on]
+        # alone, and yet on a thread of its own: so few numbers at a time are slower on several
         (codes,) = each(lambda found: _round(weight.float()[order], found, columns, upper), [ordered], ROWS)
         for levels, rounded in zip(on, codes, strict=True):
             placed = torch.empty_like(rounded)
