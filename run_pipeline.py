@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -96,10 +97,22 @@ def parser() -> argparse.ArgumentParser:
     job = main.add_argument_group("the job")
     job.add_argument("--work-dir", type=Path, metavar="DIR", help="where finished layers are kept (OUTPUT.work)")
     job.add_argument("--fresh", action="store_true", help="forget earlier work and replace an earlier output")
+    job.add_argument(
+        "--memory-limit", type=memory_size, metavar="SIZE", help="plan so that the peak stays below, e.g. 4GB"
+    )
     job.add_argument("--dry-run", action="store_true", help="validate, print the plan, and stop")
     job.add_argument("--dtype", choices=CHOICES["dtype"], help="in which layers are run (auto)")
     job.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the source")
     return main
+
+
+def memory_size(text: str) -> int:
+    """Bytes of ``4GB``, ``3500MB`` or ``4GiB``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be a size as 4GB, is {text!r}")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (1 + "kmgt".index(unit.lower())))
 
 
 def list_recipes() -> None:
@@ -135,6 +148,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             recipe=recipe,
             output=output,
             work_dir=work,
+            memory_limit=options.memory_limit,
             fresh=options.fresh,
             dry_run=options.dry_run,
             trust_remote_code=options.trust_remote_code,

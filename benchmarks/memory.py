@@ -1,8 +1,9 @@
-"""Peak memory of a compression against depth and tokens, and against a 2 GB checkpoint; prints a table.
+"""Planned and measured peak memory of every stage, against depth, width, vocabulary and tokens; prints a table.
 
-    python benchmarks/memory.py [--recipe svd-llm] [--large LAYERS --ratio R]
+    python benchmarks/memory.py [--recipes svd-llm auto] [--cases NAME ...] [--ratio R] [--memory-limit 1GB]
 
-Synthetic llama-shaped checkpoints; each compression is a process of its own and reports its high-water mark.
+Synthetic llama-shaped checkpoints; each compression is a process of its own, and each of its stages reports its high-water mark.
+``large`` is the checkpoint of 2 GB.
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 SMALL = {"hidden": 512, "intermediate": 1376, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
-LARGE = {"hidden": 1536, "intermediate": 4096, "heads": 12, "kv_heads": 4, "vocabulary": 8192}
-# (shape, layers, calibration tokens)
-CASES = [(SMALL, 8, 4096), (SMALL, 32, 4096), (SMALL, 8, 16384), (LARGE, 40, 2048)]
+WIDE = {"hidden": 1536, "intermediate": 4096, "heads": 12, "kv_heads": 4, "vocabulary": 8192}
+WIDER = {"hidden": 2048, "intermediate": 5632, "heads": 16, "kv_heads": 8, "vocabulary": 8192}
+# name: (shape, layers, calibration tokens)
+CASES = {
+    "base": (SMALL, 4, 4096),
+    "depth": (SMALL, 24, 4096),
+    "tokens": (SMALL, 4, 32768),
+    "vocabulary": (SMALL | {"vocabulary": 131072}, 4, 4096),
+    "width": (WIDE, 2, 4096),
+    "wider": (WIDER, 2, 4096),
+    "large": (WIDE, 40, 2048),
+}
+COLUMNS = ("recipe", "case", "checkpoint MB", "stage", "planned MB", "measured MB", "planned / measured")
 
 
 def main() -> None:
@@ -28,49 +39,44 @@ def main() -> None:
     from synthetic import write
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", default="svd-llm")
-    parser.add_argument("--ratio", default="0.8", help="of the decoder (%(default)s)")
-    parser.add_argument(
-        "--large", type=int, metavar="LAYERS", help="the wide checkpoint alone, of so many layers (40: 2 GB)"
-    )
+    parser.add_argument("--recipes", nargs="+", default=["svd-llm", "llm-rom", "gptq", "loss-aware", "auto"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[name for name in CASES if name != "large"])
+    parser.add_argument("--ratio", default="0.6", help="of the decoder; of the whole model for auto (%(default)s)")
+    parser.add_argument("--memory-limit", help="as run_pipeline.py has it")
+    parser.add_argument("--stages", action="store_true", help="every stage, not only the one with the highest peak")
     options = parser.parse_args()
-    recipe, cases = options.recipe, [(LARGE, options.large, 2048)] if options.large else CASES
     results = ROOT / "benchmarks" / "results" / "memory"
     results.mkdir(parents=True, exist_ok=True)
     text = results / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
-    print(
-        "| layers | width | tokens | checkpoint MB | planned peak MB | measured peak MB | check's peak MB | seconds |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for shape, layers, tokens in cases:
-        source, output = results / "source", results / "output"
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for case in options.cases:
+        shape, layers, tokens = CASES[case]
+        source, output = results / f"source-{case}", results / "output"
         size = write(source, layers=layers, **shape)
-        command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
-        command += [
-            "--target-ratio",
-            options.ratio,
-            "--ratio-scope",
-            "decoder",
-            "--calibration",
-            str(text),
-            "--evaluate",
-            "none",
-        ]
-        command += ["--calibration-tokens", str(tokens), "--output", str(output), "--fresh"]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        run = json.loads((output / "report.json").read_text())["run"]
-        planned, peak, check = (
-            run[key] / 1e6 for key in ("planned_memory_bytes", "peak_memory_bytes", "check_peak_memory_bytes")
-        )
-        cells = [
-            layers,
-            shape["hidden"],
-            tokens,
-            *(f"{value:.0f}" for value in (size / 1e6, planned, peak, check, run["seconds"])),
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        for recipe in options.recipes:
+            command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
+            command += ["--target-ratio", options.ratio, "--calibration", str(text), "--evaluate", "none"]
+            command += ["--ratio-scope", "model" if recipe == "auto" else "decoder", "--fresh", "--output", str(output)]
+            command += ["--calibration-tokens", str(tokens)]
+            command += ["--memory-limit", options.memory_limit] if options.memory_limit else []
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            report = json.loads((output / "report.json").read_text())
+            for row in rows(report, options.stages):
+                print("| " + " | ".join(map(str, (recipe, case, f"{size / 1e6:.0f}", *row))) + " |", flush=True)
         shutil.rmtree(source)
+
+
+def rows(report: dict, every_stage: bool) -> list[tuple[str, ...]]:
+    """Stage, planned, measured, and their quotient: of the whole run, and of every stage that was planned."""
+    run = report["run"]
+    found = [("all", run["planned_memory_bytes"], run["peak_memory_bytes"])]
+    if every_stage:
+        found += [(item["stage"], item["planned_bytes"], item["peak_bytes"]) for item in report["stages"]]
+    return [
+        (stage, f"{(planned or 0) / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(planned or 0) / peak:.2f}")
+        for stage, planned, peak in found
+    ]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from calibration.structure import Linear
 from calibration.sweep import Sweep
 
 HEAD_TOKENS = 4096  # on which the head is run once a candidate
+END_ROWS = 8192  # of an embedding or a head that are rounded at a time
 
 
 def _last_outputs(sweep: Sweep) -> Iterator[torch.Tensor]:

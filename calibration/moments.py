@@ -8,7 +8,7 @@ wide linear, ``P = W^T G W`` of a tall one, as the second moment of ``W^T g``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +147,30 @@ class Rows:
     def kept(self) -> torch.Tensor | None:
         """All rows, or None if there was none."""
         return None if self._block is None else self._block[: self._used]
+
+
+def moment_bytes(
+    sizes: Mapping[str, tuple[int, int]], needs: frozenset[str], samples: int, itemsize: int
+) -> dict[str, int]:
+    """Bytes that a ``GroupCollector`` sums: under ``""`` what its linears share, under each one's name its own.
+
+    ``sizes`` is ``(d_out, d_in)`` by name; ``samples`` tokens are kept in ``itemsize`` bytes a number where ``samples`` are needed.
+    """
+    single = torch.float32.itemsize
+    width = next(iter(sizes.values()))[1]
+    second = "second" in needs
+    at_input = "input" in needs or (second and any(d_in <= d_out for d_out, d_in in sizes.values()))
+    kept = samples * itemsize if "samples" in needs else 0
+    square = single * width**2
+    found = {
+        "": square * (at_input + ("weighted" in needs)) + single * width * len(CHANNELS.keys() & needs) + kept * width
+    }
+    for name, (d_out, d_in) in sizes.items():
+        tall = "gradient" in needs and d_in < d_out
+        at_output = "output_gradient" in needs or ("gradient" in needs and d_out <= d_in)
+        squares = single * d_out**2 * ((second and not at_input) + at_output) + single * d_in**2 * tall
+        found[name] = squares + single * d_out * ("row_fisher" in needs) + kept * d_out
+    return found
 
 
 class GroupCollector:

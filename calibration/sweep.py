@@ -244,14 +244,18 @@ class Sweep:
 
             self._produce(self.gradient_path(index), gradients, windows)
 
-    def collect_backward(self, open_layer: OpenLayer, needs: frozenset[str], windows: int) -> dict[str, Moments]:
-        """Run the layer under autograd on its stored inputs and output gradients; store the gradient at its input.
+    def collect_backward(
+        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], windows: int
+    ) -> dict[str, Moments]:
+        """Run the layer under autograd on its stored inputs and output gradients: the moments of the groups' linears.
+
+        The gradient at the layer's input is stored, the same by every pass over the layer.
 
         The first ``windows`` windows go backward; the others only add to the moments of the activations.
         """
         index = open_layer.layer.index
         batches = -(-windows // self._micro_batch)
-        collectors, handles = self._collectors(open_layer, open_layer.layer.groups, needs, SAMPLES, batches)
+        collectors, handles = self._collectors(open_layer, groups, needs, SAMPLES, batches)
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from checkpoint.memory import peak_bytes
+from checkpoint.memory import keep_large_blocks_apart, peak_bytes
 
 # relative to the largest logit; in bfloat16 the same products may be summed in another order
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -95,6 +95,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args(given)
+    keep_large_blocks_apart()
     problem = check(
         arguments.directory,
         arguments.expected,

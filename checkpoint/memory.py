@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from functools import cache
@@ -48,7 +49,7 @@ def release_memory() -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory that this process has had, in bytes.
+    """The largest resident memory that this process has had, in bytes; on Linux since ``restart_peak``, if that was possible.
 
     On Linux from /proc: getrusage there starts from the memory of the parent that started the process.
     """
@@ -59,3 +60,10 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> None:
+    """Let ``peak_bytes`` count from now on; without effect where the system cannot forget its high-water mark."""
+    mark = Path("/proc/self/clear_refs")
+    if os.access(mark, os.W_OK):
+        mark.write_text("5", encoding="ascii")

@@ -24,6 +24,7 @@ from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
 from compress.ends import end_menus
+from compress.footprint import in_passes
 from compress.install import install
 from compress.linears import EMPTY, decompose, loss_of_all, quantize, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
@@ -60,6 +61,20 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
     return plan, collected, stages
 
 
+def _add_menus(
+    plan: Plan,
+    open_layer: OpenLayer,
+    groups: Sequence[Group],
+    moments: dict[str, Moments],
+    tensors: dict[str, torch.Tensor],
+    notes: dict[str, Any],
+) -> None:
+    """Add what the linears of some groups of a layer may become to its record; their ``moments`` are used up."""
+    more = whole_menu(plan, open_layer, [linear for group in groups for linear in group.linears], moments)
+    tensors |= more[0]
+    notes |= more[1]
+
+
 def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
     return Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{name}", plan.recipe.micro_batch)
 
@@ -75,11 +90,14 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
             sweep.embed()
         for layer in layers[done:]:
             with opened(plan.source, layer) as open_layer:
-                moments: dict[str, Moments] = {}
-                if sweep:
-                    last = layer is layers[-1]
-                    moments = sweep.collect(open_layer, layer.groups, plan.recipe.needs, advance=not last)
-                tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
+                tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
+                runs = in_passes(layer.groups, plan.recipe, plan.passes)
+                for groups in runs:
+                    moments: dict[str, Moments] = {}
+                    if sweep:
+                        ends = groups is runs[-1] and layer is not layers[-1]
+                        moments = sweep.collect(open_layer, groups, plan.recipe.needs, advance=ends)
+                    _add_menus(plan, open_layer, groups, moments, tensors, notes)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if sweep:
@@ -134,8 +152,10 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
         backward.step(len(layers) - len(waiting))
         for layer in waiting:
             with opened(plan.source, layer) as open_layer:
-                moments = sweep.collect_backward(open_layer, recipe.needs, recipe.gradient_windows)
-                tensors, notes = whole_menu(plan, open_layer, layer.linears, moments)
+                tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
+                for groups in in_passes(layer.groups, recipe, plan.passes):
+                    moments = sweep.collect_backward(open_layer, groups, recipe.needs, recipe.gradient_windows)
+                    _add_menus(plan, open_layer, groups, moments, tensors, notes)
             work.put(DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from calibration.ends import embedding_loss, embedding_moment, head_divergence, head_moment, roles_of
+from calibration.ends import END_ROWS, embedding_loss, embedding_moment, head_divergence, head_moment, roles_of
 from calibration.structure import Linear
 from calibration.sweep import Sweep
 from checkpoint.forms import Grid
@@ -23,8 +23,6 @@ from compress.plan import Plan
 from compress.quantizers.gptq import Columns, Levels
 from compress.quantizers.grid import Quantized, find_scales
 from compress.records import candidate_record
-
-ROWS = 8192  # rounded at a time
 
 
 def end_menus(plan: Plan, sweep: Sweep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -76,8 +74,8 @@ def _rounded(
     codes, as_read = torch.empty(weight.shape, dtype=torch.int8), torch.empty_like(weight)
     scale = torch.empty(len(weight), groups, dtype=weight.dtype)
     zero = None if grid.symmetric else torch.empty(len(weight), groups, dtype=torch.int8)
-    for first in range(0, len(weight), ROWS):
-        rows = slice(first, first + ROWS)
+    for first in range(0, len(weight), END_ROWS):
+        rows = slice(first, first + END_ROWS)
         levels = Levels(grid, *find_scales(weight[rows], grid, moment.diagonal(), weight.dtype))
         part = levels.quantized(columns.round([weight[rows].float()], [levels])[0])
         codes[rows], scale[rows], as_read[rows] = part.codes, part.scale, part.dense()

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration.labels import LOGIT_BYTES
-from calibration.roles import ENDS
-from calibration.structure import Layer, Linear, Structure
-from calibration.sweep import SAMPLES
+from calibration.structure import Linear, Structure
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
+from compress.footprint import Footprint, footprints, record_bytes
 from compress.quantizers import QUANTIZERS
 from compress.quantizers.two_sided import ROWS, TOGETHER
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
-PROCESS_BYTES = 560_000_000  # Python, torch, transformers and the heap before any layer: measured
 COLUMN_SECONDS, SEARCH_SECONDS = 5e-5, 4e-8  # a step of a rounding; the scale of a weight: measured
 BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
 SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
@@ -27,15 +24,20 @@ SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the run will take, roughly: bytes of memory and disk, seconds."""
+    """What the run will take: bytes of memory, stage by stage, and roughly bytes of disk and seconds."""
 
-    memory_bytes: int
+    footprints: list[Footprint]
     disk_bytes: int
     seconds: float
 
+    @property
+    def memory_bytes(self) -> int:
+        """The peak of all stages."""
+        return max(item.nbytes for item in self.footprints)
 
-def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes) -> Estimate:
-    """From headers and shapes alone, and the speed of a small product on this machine."""
+
+def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes, passes: int) -> Estimate:
+    """From headers and shapes alone, and the speed of a small product on this machine; ``passes`` over each layer."""
     width = max(linear.d_in for linear in structure.layers[0].groups[0].linears)
     tokens = recipe.calibration_tokens if recipe.needs else 0
     itemsize = source.compute_dtype.itemsize
@@ -45,66 +47,16 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
-    records = sum(_record_bytes(recipe, unit) for unit in recipe.units(structure))
+    records = sum(record_bytes(recipe, unit) for unit in recipe.units(structure))
     if recipe.mode == "sequential":
         records = sizes.bytes_after
-    layer_bytes = max(_layer_memory(source, layer, recipe, tokens) for layer in structure.layers)
-    end_bytes = max(sum(_bytes(source, [name]) for name in names) for names in (structure.front, structure.back))
-    if backward:
-        end_bytes += 6 * LOGIT_BYTES  # logits, probabilities, their sums and gradients of one chunk
-    memory = PROCESS_BYTES + max(layer_bytes, end_bytes)
-    return Estimate(memory, hidden + records, _seconds(source, structure, recipe, tokens))
+    memory = footprints(source, structure, recipe, passes)
+    return Estimate(memory, hidden + records, _seconds(source, structure, recipe, tokens, passes))
 
 
-def _record_bytes(recipe: Recipe, unit: Linear) -> int:
-    """Both factors of every rank that the form can store; the codes on every grid, and the factors of its correction."""
-    storage, sides = recipe.storage, (unit.d_out + unit.d_in) * unit.dtype.itemsize
-    grids = [grid for grid in storage.grids if grid.fits(unit.d_in)]
-    corrected = 0 if unit.role in ENDS else max(storage.correction_ranks)
-    codes = sum(unit.d_out * unit.d_in * grid.bits // 8 for grid in grids)
-    return storage.largest_rank(unit) * sides + codes + len(grids) * corrected * sides
-
-
-def _bytes(source: Source, names: list[str]) -> int:
-    return sum(source.tensor(name).numel() for name in names) * source.compute_dtype.itemsize
-
-
-def _layer_memory(source: Source, layer: Layer, recipe: Recipe, tokens: int) -> int:
-    weights = _bytes(source, source.parameter_names([layer.path]))
-    batch = min(tokens, recipe.micro_batch * recipe.sequence_length)
-    copies = 4 if recipe.backward else 2
-    widths = sum(linear.d_in + linear.d_out for linear in layer.linears)
-    activations = copies * batch * widths * source.compute_dtype.itemsize
-    moments = 4 * sum(
-        group.linears[0].d_in ** 2
-        if any(linear.d_in <= linear.d_out for linear in group.linears)
-        else sum(linear.d_out**2 for linear in group.linears)
-        for group in layer.groups
-    )
-    largest = max(layer.linears, key=lambda linear: linear.d_in * linear.d_out)
-    solving = 8 * (3 * largest.d_in * largest.d_out + 5 * min(largest.d_in, largest.d_out) ** 2)
-    if recipe.backward:
-        moments += 4 * sum(min(linear.d_in, linear.d_out) ** 2 for linear in layer.linears)
-        inputs = sum(group.linears[0].d_in for group in layer.groups)
-        outputs = sum(linear.d_out for linear in layer.linears)
-        kept = min(SAMPLES, tokens)
-        moments += kept * (inputs + outputs) * source.compute_dtype.itemsize
-        if recipe.storage.low_rank:
-            # both factors in float64 and float32, and the kept tokens along every direction
-            solving += 24 * largest.d_in * largest.d_out
-            solving += 4 * kept * (largest.d_in + largest.d_out + 3 * min(largest.d_in, largest.d_out))
-    if recipe.storage.grids and tokens:
-        # both sides in full; their roots in float64, and the weight on as many grids as go together
-        moments += sum(4 * group.linears[0].d_in ** 2 for group in layer.groups)
-        moments += sum(4 * linear.d_out**2 for linear in layer.linears if recipe.backward)
-        solving += 16 * max(max(linear.d_out, linear.d_in) for linear in layer.linears) ** 2
-        solving += 4 * max(TOGETHER, largest.d_in * largest.d_out)
-    return weights + max(activations, solving) + (moments if tokens else 0)
-
-
-def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int) -> float:
+def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int, over_a_layer: int) -> float:
     backward = recipe.backward
-    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else BACKWARD_PASSES if backward else 1.0
+    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else over_a_layer * (BACKWARD_PASSES if backward else 1.0)
     flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
     squares = sum(
         min(group.linears[0].d_in, group.linears[0].d_out) ** 2 for layer in structure.layers for group in layer.groups

@@ -53,10 +53,12 @@ def whole_menu(
             loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]]
             on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
             if on_grids:
+                release_memory()  # between the steps: what one left and what the next takes would be in memory together
                 weight = module_weight(open_layer.linear(linear.local)).double()
                 stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
                 loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear)
         if storage.grids:
+            release_memory()
             tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
             if not storage.low_rank:
                 loss[0] = loss_of_all(plan, open_layer, linear, of_linear)

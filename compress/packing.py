@@ -9,10 +9,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 
 from checkpoint.forms import Grid, Spec
 from compress.parts import LowRank
-from compress.quantizers.grid import Quantized
+from compress.quantizers.grid import Quantized, values
 from compress.quantizers.rounding import round_to_nearest
 
-TOGETHER = 1 << 22  # codes that are packed at a time: the packing widens each to 32 bits, several times over
+TOGETHER = 1 << 22  # codes that are packed or unpacked at a time: each is widened to 32 bits, several times over
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -96,12 +96,23 @@ class Packed:
 
     def dense(self) -> torch.Tensor:
         """The weight ``(d_out, d_in)``, summed in float32, in the dtype of the scales."""
+        if self.correction is None:
+            return self._as_stored()
         total = self.weight.dense()
         if isinstance(self.correction, LowRank):
             total = total + self.correction.a.float() @ self.correction.b.float()
-        elif self.correction is not None:
+        else:
             total = total + self.correction.a.dense() @ self.correction.b.dense()
         return total.to(self.weight.scale.dtype)
+
+    def _as_stored(self) -> torch.Tensor:
+        """Without a correction; some rows at a time, because float32 of a whole vocabulary is several times the weight."""
+        codes, scale, zero = self.weight.codes, self.weight.scale, self.weight.zero
+        total, count = torch.empty(codes.shape, dtype=scale.dtype), max(1, TOGETHER // codes.shape[1])
+        for first in range(0, len(codes), count):
+            rows = slice(first, first + count)
+            total[rows] = values(codes[rows], scale[rows], None if zero is None else zero[rows])
+        return total
 
     def bias(self, old: torch.Tensor | None) -> torch.Tensor | None:
         """The old bias: it stays."""

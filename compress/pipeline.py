@@ -29,7 +29,8 @@ from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
-from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
+from compress.footprint import within
+from compress.plan import Plan, check_disk, check_memory, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
 from compress.records import RECORDS
@@ -64,6 +65,7 @@ COLLECTED = (
     "search_tokens",
     "calibration_tokens",
     "sequence_length",
+    "micro_batch_tokens",
     "seed",
 )
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,7 @@ class Request:
     recipe: Recipe
     output: Path
     work_dir: Path
+    memory_limit: int | None = None
     fresh: bool = False
     dry_run: bool = False
     trust_remote_code: bool = False
@@ -95,20 +98,24 @@ def run(request: Request) -> None:
     keep_large_blocks_apart()
     directory = offline_model() if request.model == OFFLINE else resolve_model(request.model)
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
-    plans = [make_plan(source, structure, request.recipe, ratio, reason) for ratio in request.ratios]
+    recipe, passes = within(source, structure, request.recipe, request.memory_limit)
+    plans = [make_plan(source, structure, recipe, ratio, reason, passes) for ratio in request.ratios]
     for plan in plans:
         output = output_for(request, plan.ratio)
         check_output(output, request.fresh, source.directory)
         say(format_plan(plan, output, request.work_dir))
         if not output.exists():
             check_disk(plan, output, request.work_dir)
+            check_memory(plan)
     if request.dry_run:
         return
-    windows = calibration_windows(source, request.recipe)
+    with Stage("tokenising", 1, "text") as tokenising:
+        windows = calibration_windows(source, recipe)
+        tokenising.step()
     with Stage("verifying weights", 1, "checkpoint") as verifying:
         weights = verify_weights({item.key: item for item in source.used_tensors()})
         verifying.step()
-    fingerprint = make_fingerprint(source, request.recipe, windows, weights)
+    fingerprint = make_fingerprint(source, recipe, windows, weights)
     work = None
     try:
         for plan in plans:
@@ -119,7 +126,7 @@ def run(request: Request) -> None:
             else:
                 if work is None:
                     work = WorkDirectory(request.work_dir, fingerprint, request.fresh)
-                stages = [verifying]
+                stages = [tokenising, verifying]
                 produce(plan, windows, work, output, identity, request, stages, started)
             evaluate(plan, output)
         if len(plans) > 1:
@@ -255,6 +262,7 @@ def produce(
         check_peak = check_written(plan, work, partial)
         stage.step()
     stages.append(stage)
+    planned = {item.stage: item.nbytes for item in plan.estimate.footprints}
     write_report(
         partial,
         plan=plan,
@@ -262,14 +270,14 @@ def produce(
         windows=None if windows is None else windows.provenance,
         rows=parts_out.matrix_rows(plan, work, collected),
         predicted=predicted,
-        stages=[item.as_dict() for item in stages],
+        stages=[item.as_dict() | {"planned_bytes": planned.get(item.name)} for item in stages],
         run={
             "command": request.command,
             "versions": {**versions(), "python": sys.version.split()[0], "lm_eval": version("lm_eval")},
             "threads": torch.get_num_threads(),
             "seconds": round(time.monotonic() - started, 1),
             "bytes_written": written,
-            "peak_memory_bytes": peak_bytes(),
+            "peak_memory_bytes": max(peak_bytes(), *(item.peak_bytes for item in stages)),
             "check_peak_memory_bytes": check_peak,
             "planned_memory_bytes": plan.estimate.memory_bytes,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Plan:
     """A validated run: the source, its structure, choices and sizes for one target ratio.
 
     ``choices`` are from the menu of each linear (compress/menu.py). Where the allocation reads losses, they and the sizes are
-    uniform ones until ``with_choices`` puts the chosen in.
+    uniform ones until ``with_choices`` puts the chosen in. ``passes`` over each layer collect its moments.
     """
 
     source: Source
@@ -38,6 +39,7 @@ class Plan:
     sizes: Sizes
     estimate: Estimate
     dtype_reason: str
+    passes: int
 
     @property
     def units(self) -> list[Linear]:
@@ -56,7 +58,9 @@ class Plan:
 
     def with_choices(self, collected: Collected) -> Plan:
         """The plan with what its allocation chooses from what was collected."""
-        return make_plan(self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, collected)
+        return make_plan(
+            self.source, self.structure, self.recipe, self.ratio, self.dtype_reason, self.passes, collected
+        )
 
 
 def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple[torch.dtype, str]:
@@ -95,6 +99,7 @@ def make_plan(
     recipe: Recipe,
     ratio: float,
     reason: str,
+    passes: int = 1,
     collected: Collected = NOTHING,
 ) -> Plan:
     """Ranks, sizes and estimates for one target ratio (UserError if it cannot be reached)."""
@@ -119,7 +124,8 @@ def make_plan(
             f"--target-ratio {ratio:g} cannot be met to 0.005: ranks, bits and layers are whole and the nearest below gives "
             f"{math.ceil(sizes.achieved_ratio * 1e4) / 1e4:.4f}; ask for that"
         )
-    return Plan(source, structure, recipe, ratio, choices, sizes, estimate(source, structure, recipe, sizes), reason)
+    expected = estimate(source, structure, recipe, sizes, passes)
+    return Plan(source, structure, recipe, ratio, choices, sizes, expected, reason, passes)
 
 
 def removed_layers(structure: Structure, choices: Mapping[str, int | None]) -> list[Layer]:
@@ -142,6 +148,18 @@ def check_disk(plan: Plan, output: Path, work: Path) -> None:
             )
 
 
+def check_memory(plan: Plan) -> None:
+    """Raise UserError if this process may not have the memory that the plan needs."""
+    needed = plan.estimate.memory_bytes
+    for name, flag in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):
+        allowed, _ = resource.getrlimit(getattr(resource, name))
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
+            raise UserError(
+                f"{needed / 1e9:.2f} GB of memory are needed, and the system allows this process {allowed / 1e9:.2f} GB "
+                f"(ulimit {flag}); raise that, or say --memory-limit {allowed / 1e9:.2f}GB"
+            )
+
+
 def format_plan(plan: Plan, output: Path, work: Path) -> str:
     """The plan as a person reads it."""
     recipe, sizes, estimate, source = plan.recipe, plan.sizes, plan.estimate, plan.source
@@ -151,6 +169,9 @@ def format_plan(plan: Plan, output: Path, work: Path) -> str:
     open_yet = bool(ALLOCATIONS[recipe.allocation].reads) and not ALLOCATIONS[recipe.allocation].plans_itself
     if open_yet:
         chosen = "each linear's share is chosen when the losses are known"
+    at_a_time = f"{recipe.micro_batch} windows at a time" if recipe.needs else "a layer at a time"
+    if plan.passes > 1:
+        at_a_time += f", {plan.passes} passes over a layer"
     lines = [
         f"model      {source.directory}: {type(source.model).__name__}, {len(plan.structure.layers)} layers, "
         f"{sizes.bytes_before / 1e6:.1f} MB, computed in {str(source.compute_dtype).removeprefix('torch.')} ({plan.dtype_reason})",
@@ -162,8 +183,8 @@ def format_plan(plan: Plan, output: Path, work: Path) -> str:
         f"text       {recipe.calibration}, {recipe.calibration_tokens:,} tokens in windows of {recipe.sequence_length}"
         if recipe.needs
         else "text       none needed",
-        f"needs      about {estimate.memory_bytes / 1e9:.1f} GB memory, {(estimate.disk_bytes + sizes.bytes_after) / 1e9:.2f} GB disk, "
-        f"{_duration(estimate.seconds)} before evaluation",
+        f"needs      {estimate.memory_bytes / 1e9:.2f} GB memory ({at_a_time}), about "
+        f"{(estimate.disk_bytes + sizes.bytes_after) / 1e9:.2f} GB disk, {_duration(estimate.seconds)} before evaluation",
         f"output     {output} (work in {work})",
     ]
     if plan.structure.left_dense:

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from checkpoint.memory import peak_bytes
+from checkpoint.memory import peak_bytes, restart_peak
 
 LOG_SECONDS = 30.0  # between two lines of a stage where stderr is no terminal
 
@@ -29,6 +29,7 @@ class Stage:
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Stage:
+        restart_peak()
         self._started = time.monotonic()
         self._told = self._started
         self._bar = tqdm(

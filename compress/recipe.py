@@ -44,7 +44,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 NUMBERS = ("bits", "group_size", "correction_rank")  # fields of several numbers; YAML reads a single one as an integer
 FROM_ANY_MENU = ("uniform", "pooled")  # allocations; the others choose ranks
-MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,10 @@ class Recipe:
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
     is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
     gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens`` of the calibration tokens go
-    backward; a sensitivity search measures on the first ``search_tokens``; ``refit`` refits each outer factor on the
-    compressed model's inputs, ``refit_ridge`` holding it to what it was; ``calibration`` is a file, a dataset or
-    ``offline``, or several by comma (each an equal share); ``evaluate`` is a preset, tasks, or ``none``.
+    backward; ``micro_batch_tokens`` run through a layer at a time; a sensitivity search measures on the first
+    ``search_tokens``; ``refit`` refits each outer factor on the compressed model's inputs, ``refit_ridge`` holding it to
+    what it was; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
+    ``evaluate`` is a preset, tasks, or ``none``.
 
     ``menu`` says what a linear may become: a product of low rank, packed integers (by ``quantizer``, on grids of each of ``bits`` and
     each ``group_size``, 0 being a row), or either. The decomposition then makes up for the quantization error with each
@@ -101,6 +101,7 @@ class Recipe:
     calibration: str = "offline"
     calibration_tokens: int = 65536
     sequence_length: int = 512
+    micro_batch_tokens: int = 2048
     seed: int = 0
     evaluate: str = "quick"
     export: str = "factored"
@@ -140,7 +141,7 @@ class Recipe:
             )
         if (
             self.sequence_length < 2
-            or min(self.calibration_tokens, self.gradient_tokens, self.search_tokens) < 1
+            or min(self.calibration_tokens, self.micro_batch_tokens, self.gradient_tokens, self.search_tokens) < 1
             or not 0 <= self.damping < 1
             or not 0 <= self.least_kept < 1
             or self.refit_ridge < 0
@@ -269,7 +270,7 @@ class Recipe:
     @property
     def micro_batch(self) -> int:
         """Windows that run through a layer at a time."""
-        return max(1, MICRO_BATCH_TOKENS // self.sequence_length)
+        return max(1, self.micro_batch_tokens // self.sequence_length)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for YAML or JSON."""

@@ -76,7 +76,10 @@ def card(report: dict[str, Any], table: str | None) -> str:
         if calibration
         else "no calibration text (data-free)"
     )
-    stages = "\n".join(f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} |" for s in report["stages"])
+    stages = "\n".join(
+        f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} | {(s['planned_bytes'] or 0) / 1e6:.0f} |"
+        for s in report["stages"]
+    )
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
     evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
     predicted = report["predicted_loss_nats_per_token"]
@@ -126,8 +129,8 @@ torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}
 
     {run["command"]}
 
-| stage | seconds | peak memory of the process so far, MB |
-|---|---|---|
+| stage | seconds | peak memory, MB | planned, MB |
+|---|---|---|---|
 {stages}
 
 A matrix took {report["seconds_per_matrix"]:.2f} s to decompose on average.

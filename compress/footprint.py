@@ -1,0 +1,270 @@
+"""Peak memory of every stage of a run, from shapes alone: what is held together, added up.
+
+Checked against runs by ``benchmarks/memory.py``. Two things bring a peak down: fewer windows at a time, and more passes over
+a layer, each of which collects the moments of some of its groups only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from calibration.ends import END_ROWS, HEAD_TOKENS
+from calibration.labels import LOGIT_BYTES
+from calibration.moments import ROWS as GRAM_ROWS
+from calibration.moments import moment_bytes
+from calibration.roles import ENDS
+from calibration.structure import Group, Layer, Linear, Structure
+from calibration.sweep import SAMPLES
+from checkpoint.errors import UserError
+from checkpoint.source import Source
+from compress.allocations import ALLOCATIONS
+from compress.methods import METHODS
+from compress.parallel import FEW
+from compress.quantizers import QUANTIZERS
+from compress.quantizers.two_sided import TOGETHER
+from compress.recipe import Recipe
+
+PROCESS_BYTES = 560_000_000  # Python, torch, transformers and the heap before any layer: measured
+SINGLE, DOUBLE = 4, 8  # bytes of a float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a stage holds at its peak besides the process: bytes by what they are, and where that is."""
+
+    stage: str
+    where: str
+    holds: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """All of it, with the process."""
+        return PROCESS_BYTES + sum(self.holds.values())
+
+    def __str__(self) -> str:
+        held = ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in self.holds.items())
+        return f"{self.stage} at {self.where}: the process {PROCESS_BYTES / 1e6:.0f} MB, {held}"
+
+
+def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int = 1) -> list[Footprint]:
+    """The peak of every stage of a run, in order; stages that hold next to nothing are left out."""
+    shapes = _Shapes(source, structure, recipe, passes)
+    found: list[Footprint] = []
+    reads = ALLOCATIONS[recipe.allocation].reads
+    if recipe.mode == "one-shot" or reads:
+        if recipe.backward:
+            found += [shapes.through("forward", collects=False), shapes.loss_gradient(), shapes.backward()]
+            found += [shapes.ends()] if recipe.packs_ends else []
+        else:
+            influence = "influence" in recipe.needs
+            found.append(shapes.through("block influence" if influence else "decomposing", collects=not influence))
+        if "sensitivity" in reads:
+            found.append(shapes.through("searching", collects=False))
+    if recipe.walks:
+        found.append(shapes.through("walking", collects=True))
+    return [*found, shapes.output("writing"), shapes.output("checking")]
+
+
+def within(source: Source, structure: Structure, recipe: Recipe, limit: int | None) -> tuple[Recipe, int]:
+    """The recipe with as many windows at a time as ``limit`` bytes allow, and the passes over a layer.
+
+    Fewer windows cost less time than more passes, and are tried first. Raises UserError naming what does not fit.
+    """
+    tried = footprints(source, structure, recipe)
+    most_passes = max(len(layer.groups) for layer in structure.layers) if recipe.mode != "sequential" else 1
+    passes = 1
+    while limit is not None and max(item.nbytes for item in tried) > limit:
+        if recipe.micro_batch > 1 and recipe.needs:
+            recipe = replace(recipe, micro_batch_tokens=recipe.micro_batch // 2 * recipe.sequence_length)
+        elif passes < most_passes:
+            passes += 1
+        else:
+            largest = max(tried, key=lambda item: item.nbytes)
+            raise UserError(
+                f"--memory-limit {limit / 1e9:.2f}GB is too little: {largest.nbytes / 1e9:.2f} GB are needed ({largest}); "
+                "raise it, or ask for a smaller --sequence-length"
+            )
+        tried = footprints(source, structure, recipe, passes)
+    return recipe, passes
+
+
+def in_passes(groups: Sequence[Group], recipe: Recipe, passes: int) -> list[tuple[Group, ...]]:
+    """The groups of a layer in ``passes`` runs of neighbours (or fewer), the largest run's moments as small as can be."""
+    sizes = [sum(_moments(group, recipe, SINGLE).values()) for group in groups]
+    totals = [sum(sizes[first:last]) for first in range(len(sizes)) for last in range(first + 1, len(sizes) + 1)]
+    for most in sorted(totals):
+        runs: list[list[Group]] = []
+        held = most + 1
+        for group, size in zip(groups, sizes, strict=True):
+            if held + size > most:
+                runs.append([])
+                held = 0
+            runs[-1].append(group)
+            held += size
+        if len(runs) <= passes and max(sizes) <= most:
+            return [tuple(run) for run in runs]
+    return [tuple(groups)]
+
+
+def _moments(group: Group, recipe: Recipe, itemsize: int) -> dict[str, int]:
+    """Bytes of the moments and samples of a group: of all (``""``), and of each linear's own by its name."""
+    sizes = {linear.local: (linear.d_out, linear.d_in) for linear in group.linears}
+    return moment_bytes(sizes, recipe.needs, SAMPLES if recipe.backward else 0, itemsize)
+
+
+def record_bytes(recipe: Recipe, unit: Linear) -> int:
+    """Both factors of every rank that the form can store; the codes on every grid, and the factors of its correction."""
+    storage, sides = recipe.storage, (unit.d_out + unit.d_in) * unit.dtype.itemsize
+    grids = [grid for grid in storage.grids if grid.fits(unit.d_in)]
+    corrected = 0 if unit.role in ENDS else max(storage.correction_ranks)
+    codes = sum(unit.d_out * unit.d_in * grid.bits // 8 for grid in grids)
+    return storage.largest_rank(unit) * sides + codes + len(grids) * corrected * sides
+
+
+class _Shapes:
+    def __init__(self, source: Source, structure: Structure, recipe: Recipe, passes: int) -> None:
+        self.source, self.structure, self.recipe, self.passes = source, structure, recipe, passes
+        self.itemsize = source.compute_dtype.itemsize
+        self.width = min(group.linears[0].d_in for group in structure.layers[0].groups)
+        self.tokens = recipe.micro_batch * recipe.sequence_length if recipe.needs else 0
+
+    def weights(self, paths: Iterable[str], as_stored: bool = False) -> int:
+        """Of the parameters under the paths, loaded to be run, or to be written."""
+        names = [name for name in self.source.parameter_names(paths) if name not in self.source.tied]
+        stored = sum(self.source.tensor(name).numel() * self.source.stored_dtype(name).itemsize for name in names)
+        loaded = sum(self.source.tensor(name).numel() for name in names) * self.itemsize
+        # where the dtype is another both are there while a layer is loaded
+        return (
+            stored if as_stored else loaded + (stored if self.source.source_dtype != self.source.compute_dtype else 0)
+        )
+
+    def activations(self, layer: Layer, backward: bool) -> int:
+        """Of a micro-batch in a layer: what its linears give, residuals and norms in float32; for autograd, what they read too."""
+        outputs = sum(linear.d_out for linear in layer.linears)
+        numbers = self.itemsize * (outputs + 4 * self.width) + SINGLE * 2 * self.width
+        if backward:
+            inputs = sum(group.linears[0].d_in for group in layer.groups)
+            numbers += self.itemsize * (outputs + inputs) + SINGLE * 4 * self.width
+        return self.tokens * numbers
+
+    def end(self, paths: Sequence[str], stage: str) -> Footprint:
+        """Of the embedding, or the head, while they run."""
+        return Footprint(stage, paths[0], {"weights": self.weights(paths)})
+
+    def through(self, stage: str, collects: bool) -> Footprint:
+        """Layer by layer forward, decomposing where ``collects``."""
+        found = [self.end(self.structure.front, stage)] if self.tokens else []
+        for layer in self.structure.layers:
+            weights = self.weights([layer.path])
+            found.append(
+                Footprint(stage, layer.path, {"weights": weights, "activations": self.activations(layer, False)})
+            )
+            if collects:
+                found += self.collecting(stage, layer, weights, backward=False)
+        return _largest(found)
+
+    def loss_gradient(self) -> Footprint:
+        """The head on a chunk of tokens, forward and backward."""
+        weights = self.weights(self.structure.back)
+        window = SINGLE * 4 * self.recipe.sequence_length * self.width
+        held = {"weights": weights, "logits": 5 * LOGIT_BYTES, "states": window}
+        return Footprint("loss gradient", self.structure.back[-1], held)
+
+    def backward(self) -> Footprint:
+        """Layer by layer under autograd, decomposing."""
+        return _largest(
+            item
+            for layer in self.structure.layers
+            for item in self.collecting("backward", layer, self.weights([layer.path]), backward=True)
+        )
+
+    def collecting(self, stage: str, layer: Layer, weights: int, backward: bool) -> list[Footprint]:
+        """A layer's moments being summed, and each of its linears being decomposed, largest first, as the driver does it."""
+        recipe, found = self.recipe, list[Footprint]()
+        records = 0
+        rounds = in_passes(layer.groups, recipe, self.passes)
+        if stage == "walking" and recipe.mode != "layerwise":
+            rounds = [(group,) for group in layer.groups]
+        widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
+        summing = self.activations(layer, backward) + 2 * SINGLE * GRAM_ROWS * widest
+        for groups in rounds:
+            held = {group: _moments(group, recipe, self.itemsize) for group in groups}
+            moments = sum(sum(sizes.values()) for sizes in held.values())
+            parts = {"weights": weights, "moments": moments, "records": records, "activations": summing}
+            if self.tokens:
+                found.append(Footprint(stage, layer.path, parts))
+            linears = [(linear, group) for group in groups for linear in group.linears]
+            for linear, group in sorted(linears, key=lambda item: item[0].d_out * item[0].d_in, reverse=True):
+                parts = {"weights": weights, "moments": moments, "records": records, "solving": self.solving(linear)}
+                found.append(Footprint(stage, linear.name, parts))
+                records += record_bytes(self.recipe, linear)
+                moments -= held[group].pop(linear.local)
+                if list(held[group]) == [""]:
+                    moments -= held[group].pop("")
+        return found
+
+    def solving(self, linear: Linear) -> int:
+        """Of what is made on the way from a linear's moments to its record."""
+        storage = self.recipe.storage
+        low_rank = self.decomposing(linear) if storage.low_rank else 0
+        return max(low_rank, self.quantizing(linear) if storage.grids else 0)
+
+    def decomposing(self, linear: Linear) -> int:
+        """The smaller side's eigenvectors in float64, and the factors along all of them."""
+        whole, side = linear.d_out * linear.d_in, min(linear.d_out, linear.d_in)
+        copies = 4 if linear.d_in < linear.d_out else 2
+        total = DOUBLE * (copies * whole + 6 * side**2)
+        if "samples" in METHODS[self.recipe.decomposition].needs:
+            total += DOUBLE * whole + SINGLE * SAMPLES * (side + linear.d_in)
+        return total
+
+    def quantizing(self, linear: Linear) -> int:
+        """Roots of the moments in float64, the weight on as many grids as go together, its error, and that error's factors."""
+        whole, recipe = linear.d_out * linear.d_in, self.recipe
+        grids = [grid for grid in recipe.storage.grids if grid.fits(linear.d_in)]
+        together = 1
+        if QUANTIZERS[recipe.quantizer].outputs:
+            together = min(len(grids), max(1, TOGETHER // whole))
+        roots = DOUBLE * 2 * max(linear.d_in, linear.d_out if QUANTIZERS[recipe.quantizer].outputs else 0) ** 2
+        rounding = SINGLE * 4 * whole * together
+        workers = 2 if whole <= FEW else 1
+        correcting = workers * (DOUBLE * 2 * whole + self.decomposing(linear))
+        return DOUBLE * whole + SINGLE * whole + len(grids) * whole + max(roots + rounding, correcting)
+
+    def ends(self) -> Footprint:
+        """The largest of embedding and head on every grid, and the logits that tell what it costs."""
+        loaded = max(self.weights(self.structure.front), self.weights(self.structure.back))
+        found = []
+        for end in self.structure.ends:
+            whole = end.d_out * end.d_in
+            rounding = SINGLE * 8 * END_ROWS * end.d_in
+            held = {
+                "weights": loaded + 2 * whole * end.dtype.itemsize + whole,
+                "records": record_bytes(self.recipe, end),
+                "logits": max(6 * min(LOGIT_BYTES, SINGLE * HEAD_TOKENS * end.d_out), rounding),
+            }
+            found.append(Footprint("ends", end.name, held))
+        return _largest(found)
+
+    def output(self, stage: str) -> Footprint:
+        """A layer and its record while it is written, or run to be compared; and the ends."""
+        found = []
+        for layer in self.structure.layers:
+            weights = self.weights([layer.path], as_stored=stage == "writing")
+            records = sum(record_bytes(self.recipe, linear) for linear in layer.linears)
+            largest = max(linear.d_out * linear.d_in for linear in layer.linears)
+            found.append(
+                Footprint(stage, layer.path, {"weights": weights, "records": records, "part": 3 * SINGLE * largest})
+            )
+        for end in self.structure.ends:
+            whole = end.d_out * end.d_in
+            held = {"weights": self.weights([end.name], as_stored=stage == "writing")}
+            if self.recipe.packs_ends:
+                held |= {"records": record_bytes(self.recipe, end), "part": (1 + end.dtype.itemsize) * whole}
+            found.append(Footprint(stage, end.name, held))
+        return _largest(found)
+
+
+def _largest(found: Iterable[Footprint]) -> Footprint:
+    return max(found, key=lambda item: item.nbytes)
