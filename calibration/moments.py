@@ -65,6 +65,11 @@ class Moments:
         return self.output.double()
 
 
+def sample_batches(x: torch.Tensor, g: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Samples ``(n, d_in)`` and ``(n, d_out)`` of the same tokens, ``ROWS`` at a time: in float32 all would take as much as a layer."""
+    yield from zip(x.split(ROWS), g.split(ROWS), strict=True)
+
+
 @dataclass(frozen=True)
 class Cross:
     """Means over tokens, float32: ``target_inner`` ``E[y z^T] (d_out, r)`` and ``inner`` ``E[z z^T] (r, r)``."""

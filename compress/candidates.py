@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibration.moments import Moments
+from calibration.moments import Moments, sample_batches
 from checkpoint.forms import Grid, Spec
 from compress.methods import METHODS, NATS
 from compress.packing import quantized_factors
@@ -152,9 +152,11 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
     """
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
-    x, g = moments.input_samples, moments.gradient_samples
     # the error, and what it does, are rounded as the samples are: a mean of squares does not see it
-    change = ((x @ error.to(x.dtype).T) * g).sum(1, dtype=torch.float64)
-    made_up = ((x.float() @ factors.b.float().T) * (g.float() @ factors.a.float())).cumsum(1, dtype=torch.float64)
-    left = torch.cat([change.unsqueeze(1), change.unsqueeze(1) - made_up], dim=1)
-    return left.square().mean(0) / 2
+    rounded, a, b = error.to(moments.input_samples.dtype).T, factors.a.float(), factors.b.float().T
+    total = torch.zeros(b.shape[1] + 1, dtype=torch.float64)
+    for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
+        change = ((x @ rounded) * g).sum(1, dtype=torch.float64).unsqueeze(1)
+        made_up = ((x.float() @ b) * (g.float() @ a)).cumsum(1, dtype=torch.float64)
+        total += torch.cat([change, change - made_up], dim=1).square_().sum(0)
+    return total / len(moments.input_samples) / 2

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from calibration.ends import END_ROWS, HEAD_TOKENS
 from calibration.labels import LOGIT_BYTES
 from calibration.moments import ROWS as GRAM_ROWS
@@ -19,14 +21,15 @@ from calibration.sweep import SAMPLES
 from checkpoint.errors import UserError
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
-from compress.methods import METHODS
 from compress.parallel import FEW
 from compress.quantizers import QUANTIZERS
+from compress.quantizers.grid import SEARCHED
 from compress.quantizers.two_sided import TOGETHER
 from compress.recipe import Recipe
 
-PROCESS_BYTES = 560_000_000  # Python, torch, transformers and the heap before any layer: measured
+PROCESS_BYTES = 540_000_000  # Python, torch, transformers and the heap before any layer: measured
 SINGLE, DOUBLE = 4, 8  # bytes of a float
+SEARCHING = 16 * SINGLE * SEARCHED  # the scales of some rows are searched at a time: measured
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Footprint:
 def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int = 1) -> list[Footprint]:
     """The peak of every stage of a run, in order; stages that hold next to nothing are left out."""
     shapes = _Shapes(source, structure, recipe, passes)
-    found: list[Footprint] = []
+    largest = max(source.used_tensors(), key=lambda item: item.nbytes)
+    found = [Footprint("verifying weights", largest.key, {"tensor": largest.nbytes})]
     reads = ALLOCATIONS[recipe.allocation].reads
     if recipe.mode == "one-shot" or reads:
         if recipe.backward:
@@ -213,24 +217,34 @@ class _Shapes:
     def decomposing(self, linear: Linear) -> int:
         """The smaller side's eigenvectors in float64, and the factors along all of them."""
         whole, side = linear.d_out * linear.d_in, min(linear.d_out, linear.d_in)
-        copies = 4 if linear.d_in < linear.d_out else 2
-        total = DOUBLE * (copies * whole + 6 * side**2)
-        if "samples" in METHODS[self.recipe.decomposition].needs:
-            total += DOUBLE * whole + SINGLE * SAMPLES * (side + linear.d_in)
-        return total
+        copies = 3 if "samples" in self.recipe.needs else 4 if linear.d_in < linear.d_out else 2
+        return DOUBLE * (copies * whole + 6 * side**2) + self.sampling(linear)
 
     def quantizing(self, linear: Linear) -> int:
-        """Roots of the moments in float64, the weight on as many grids as go together, its error, and that error's factors."""
-        whole, recipe = linear.d_out * linear.d_in, self.recipe
+        """Codes on every grid; and the roots of the moments, or the weight on as many grids as go together, or errors and their factors."""
+        whole, side, recipe = linear.d_out * linear.d_in, min(linear.d_out, linear.d_in), self.recipe
         grids = [grid for grid in recipe.storage.grids if grid.fits(linear.d_in)]
-        together = 1
-        if QUANTIZERS[recipe.quantizer].outputs:
-            together = min(len(grids), max(1, TOGETHER // whole))
-        roots = DOUBLE * 2 * max(linear.d_in, linear.d_out if QUANTIZERS[recipe.quantizer].outputs else 0) ** 2
-        rounding = SINGLE * 4 * whole * together
-        workers = 2 if whole <= FEW else 1
-        correcting = workers * (DOUBLE * 2 * whole + self.decomposing(linear))
-        return DOUBLE * whole + SINGLE * whole + len(grids) * whole + max(roots + rounding, correcting)
+        two_sided = QUANTIZERS[recipe.quantizer].outputs
+        squares = linear.d_in**2 + (linear.d_out**2 if two_sided else 0)
+        together = (SINGLE + 1) * min(len(grids), max(1, TOGETHER // whole)) if two_sided else 4 * SINGLE
+        rounding = SINGLE * (2 * whole + squares) + together * whole
+        roots = 3 * SINGLE * max(linear.d_in, linear.d_out if two_sided else 0) ** 2 + SINGLE * whole
+        workers = min(torch.get_num_threads(), len(grids)) if whole <= FEW else 1
+        correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
+        # what the search leaves is in small blocks, which the heap keeps
+        return (DOUBLE + len(grids)) * whole + workers * SEARCHING + max(roots, rounding, workers * correcting)
+
+    def copies(self, linear: Linear) -> int:
+        """Of the weight, or of its error, in float64 while its factors are made."""
+        if "samples" in self.recipe.needs:
+            return 2
+        return 4 if linear.d_in < linear.d_out else 3
+
+    def sampling(self, linear: Linear) -> int:
+        """Of a batch of samples, through the linear and its factors; and the factors in float32."""
+        if "samples" not in self.recipe.needs:
+            return 0
+        return SINGLE * 2 * GRAM_ROWS * (linear.d_out + linear.d_in)
 
     def ends(self) -> Footprint:
         """The largest of embedding and head on every grid, and the logits that tell what it costs."""
@@ -250,18 +264,19 @@ class _Shapes:
     def output(self, stage: str) -> Footprint:
         """A layer and its record while it is written, or run to be compared; and the ends."""
         found = []
+        part = 4 * (DOUBLE if self.recipe.storage.form == "pivoted" else SINGLE)
         for layer in self.structure.layers:
             weights = self.weights([layer.path], as_stored=stage == "writing")
             records = sum(record_bytes(self.recipe, linear) for linear in layer.linears)
             largest = max(linear.d_out * linear.d_in for linear in layer.linears)
-            found.append(
-                Footprint(stage, layer.path, {"weights": weights, "records": records, "part": 3 * SINGLE * largest})
-            )
+            # a record's file is mapped: its pages count besides the tensors read from it
+            held = {"weights": weights, "records": 2 * records, "part": part * largest}
+            found.append(Footprint(stage, layer.path, held))
         for end in self.structure.ends:
             whole = end.d_out * end.d_in
             held = {"weights": self.weights([end.name], as_stored=stage == "writing")}
             if self.recipe.packs_ends:
-                held |= {"records": record_bytes(self.recipe, end), "part": (1 + end.dtype.itemsize) * whole}
+                held |= {"records": 2 * record_bytes(self.recipe, end), "part": (1 + end.dtype.itemsize) * whole}
             found.append(Footprint(stage, end.name, held))
         return _largest(found)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from calibration.moments import Moments
+from calibration.moments import Moments, sample_batches
 from compress.parts import Factors
 from compress.truncation import damping_floor, leading, tails
 
@@ -33,10 +33,11 @@ def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     full = kronecker(weight, moments, min(weight.shape), damping)
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
-    along_output = moments.gradient_samples.float() @ full.a.float()
-    along_input = moments.input_samples.float() @ full.b.float().T
-    power = (along_output.square_() * along_input.square_()).mean(0, dtype=torch.float64)
-    return Factors(full.a[:, :rank], full.b[:rank], tails(power, rank) / 2)
+    a, b = full.a.float(), full.b.float().T
+    power = torch.zeros(b.shape[1], dtype=torch.float64)
+    for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
+        power += ((g.float() @ a).square_() * (x.float() @ b).square_()).sum(0, dtype=torch.float64)
+    return Factors(full.a[:, :rank], full.b[:rank], tails(power / len(moments.input_samples), rank) / 2)
 
 
 def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
