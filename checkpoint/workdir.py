@@ -85,12 +85,15 @@ class WorkDirectory:
         write_tensors(temporary, tensors, {"notes": json.dumps(notes)})
         publish(temporary, path)
 
-    def get(self, stage: str, index: int, ending: str | tuple[str, ...] = "") -> dict[str, torch.Tensor]:
-        """The tensors of a record whose names end so; raises UserError if it was damaged."""
+    def get(
+        self, stage: str, index: int, ending: str | tuple[str, ...] = "", starting: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a record whose names start and end so; raises UserError if it was damaged."""
         path = self._file(stage, index)
         try:
             with safe_open(path, framework="pt") as handle:
-                return {name: handle.get_tensor(name) for name in handle.keys() if name.endswith(ending)}  # noqa: SIM118
+                names = [name for name in handle.keys() if name.startswith(starting) and name.endswith(ending)]  # noqa: SIM118
+                return {name: handle.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as problem:
             raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
 

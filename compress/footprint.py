@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from calibration.ends import END_ROWS, HEAD_TOKENS
-from calibration.labels import LOGIT_BYTES
+from calibration.ends import END_ROWS
+from calibration.labels import logit_tokens
 from calibration.moments import ROWS as GRAM_ROWS
 from calibration.moments import moment_bytes
 from calibration.roles import ENDS
@@ -27,9 +27,8 @@ from compress.quantizers.grid import SEARCHED
 from compress.quantizers.two_sided import TOGETHER
 from compress.recipe import Recipe
 
-PROCESS_BYTES = 540_000_000  # Python, torch, transformers and the heap before any layer: measured
+PROCESS_BYTES = 515_000_000  # Python, torch, transformers and the heap before any layer: measured
 SINGLE, DOUBLE = 4, 8  # bytes of a float
-SEARCHING = 16 * SINGLE * SEARCHED  # the scales of some rows are searched at a time: measured
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,8 @@ class _Shapes:
         self.itemsize = source.compute_dtype.itemsize
         self.width = min(group.linears[0].d_in for group in structure.layers[0].groups)
         self.tokens = recipe.micro_batch * recipe.sequence_length if recipe.needs else 0
+        vocabulary = source.config.get_text_config().vocab_size
+        self.logits = SINGLE * vocabulary * min(logit_tokens(vocabulary), recipe.sequence_length)
 
     def weights(self, paths: Iterable[str], as_stored: bool = False) -> int:
         """Of the parameters under the paths, loaded to be run, or to be written."""
@@ -149,7 +150,7 @@ class _Shapes:
         numbers = self.itemsize * (outputs + 4 * self.width) + SINGLE * 2 * self.width
         if backward:
             inputs = sum(group.linears[0].d_in for group in layer.groups)
-            numbers += self.itemsize * (outputs + inputs) + SINGLE * 4 * self.width
+            numbers += self.itemsize * (2 * outputs + inputs) + SINGLE * 4 * self.width
         return self.tokens * numbers
 
     def end(self, paths: Sequence[str], stage: str) -> Footprint:
@@ -172,7 +173,7 @@ class _Shapes:
         """The head on a chunk of tokens, forward and backward."""
         weights = self.weights(self.structure.back)
         window = SINGLE * 4 * self.recipe.sequence_length * self.width
-        held = {"weights": weights, "logits": 5 * LOGIT_BYTES, "states": window}
+        held = {"weights": weights, "logits": 6 * self.logits, "states": window}
         return Footprint("loss gradient", self.structure.back[-1], held)
 
     def backward(self) -> Footprint:
@@ -217,7 +218,7 @@ class _Shapes:
     def decomposing(self, linear: Linear) -> int:
         """The smaller side's eigenvectors in float64, and the factors along all of them."""
         whole, side = linear.d_out * linear.d_in, min(linear.d_out, linear.d_in)
-        copies = 3 if "samples" in self.recipe.needs else 4 if linear.d_in < linear.d_out else 2
+        copies = 4 if "samples" in self.recipe.needs or linear.d_in < linear.d_out else 2
         return DOUBLE * (copies * whole + 6 * side**2) + self.sampling(linear)
 
     def quantizing(self, linear: Linear) -> int:
@@ -231,8 +232,9 @@ class _Shapes:
         roots = 3 * SINGLE * max(linear.d_in, linear.d_out if two_sided else 0) ** 2 + SINGLE * whole
         workers = min(torch.get_num_threads(), len(grids)) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
-        # what the search leaves is in small blocks, which the heap keeps
-        return (DOUBLE + len(grids)) * whole + workers * SEARCHING + max(roots, rounding, workers * correcting)
+        # what the search for scales leaves is in small blocks, which the heap keeps
+        searching = (workers if two_sided else 1) * 16 * SINGLE * min(SEARCHED, whole)
+        return (DOUBLE + len(grids)) * whole + searching + max(roots, rounding, workers * correcting)
 
     def copies(self, linear: Linear) -> int:
         """Of the weight, or of its error, in float64 while its factors are made."""
@@ -252,11 +254,10 @@ class _Shapes:
         found = []
         for end in self.structure.ends:
             whole = end.d_out * end.d_in
-            rounding = SINGLE * 8 * END_ROWS * end.d_in
             held = {
                 "weights": loaded + 2 * whole * end.dtype.itemsize + whole,
-                "records": record_bytes(self.recipe, end),
-                "logits": max(6 * min(LOGIT_BYTES, SINGLE * HEAD_TOKENS * end.d_out), rounding),
+                "records": sum(record_bytes(self.recipe, item) for item in self.structure.ends),
+                "rows or logits": max(7 * self.logits, SINGLE * 8 * min(END_ROWS, end.d_out) * end.d_in),
             }
             found.append(Footprint("ends", end.name, held))
         return _largest(found)
@@ -267,16 +268,16 @@ class _Shapes:
         part = 4 * (DOUBLE if self.recipe.storage.form == "pivoted" else SINGLE)
         for layer in self.structure.layers:
             weights = self.weights([layer.path], as_stored=stage == "writing")
-            records = sum(record_bytes(self.recipe, linear) for linear in layer.linears)
-            largest = max(linear.d_out * linear.d_in for linear in layer.linears)
-            # a record's file is mapped: its pages count besides the tensors read from it
-            held = {"weights": weights, "records": 2 * records, "part": part * largest}
-            found.append(Footprint(stage, layer.path, held))
+            weights *= 2 if stage == "checking" else 1  # the compressed ones beside their own
+            for linear in layer.linears:
+                # a record's file is mapped: its pages count besides the tensors read from it
+                held = {"weights": weights, "record": 2 * record_bytes(self.recipe, linear)}
+                found.append(Footprint(stage, linear.name, held | {"part": part * linear.d_out * linear.d_in}))
         for end in self.structure.ends:
             whole = end.d_out * end.d_in
             held = {"weights": self.weights([end.name], as_stored=stage == "writing")}
             if self.recipe.packs_ends:
-                held |= {"records": 2 * record_bytes(self.recipe, end), "part": (1 + end.dtype.itemsize) * whole}
+                held |= {"record": 2 * record_bytes(self.recipe, end), "part": (1 + end.dtype.itemsize) * whole}
             found.append(Footprint(stage, end.name, held))
         return _largest(found)
 

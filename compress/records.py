@@ -95,21 +95,18 @@ def _packed_part(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec
 
 
 class Parts:
-    """The recorded parts of a plan, one layer's record in memory at a time."""
+    """The recorded parts of a plan, one linear's record in memory at a time."""
 
     def __init__(self, plan: Plan, work: WorkDirectory) -> None:
         self._plan, self._work = plan, work
-        self._index, self._tensors = -1, dict[str, torch.Tensor]()
 
     def part(self, linear: Linear) -> Part | None:
         """The linear's part as planned; None where it stays dense."""
         spec = self._plan.spec(linear)
         if spec is None:
             return None
-        if linear.layer != self._index:
-            self._tensors = self._work.get(stage_name(self._plan), linear.layer)
-            self._index = linear.layer
-        return part_of(self._tensors, linear, spec)
+        tensors = self._work.get(stage_name(self._plan), linear.layer, starting=f"{linear.local}.")
+        return part_of(tensors, linear, spec)
 
 
 def read_collected(plan: Plan, work: WorkDirectory, stage: str, tokens: int) -> Collected:
