@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,30 @@ def expected_logits(plan: Plan, work: WorkDirectory, ids: torch.Tensor) -> torch
             if part is not None:
                 install(plan, open_layer, linear, part)
 
-    found = {f"{unit.name}.weight": parts.part(unit) for unit in plan.units if unit.role in ENDS}
-    ends = {name: part.dense() for name, part in found.items() if part is not None}
-    return streamed_logits(plan.source, plan.structure, ids, prepare, plan.removed, ends)
+    return streamed_logits(plan.source, plan.structure, ids, prepare, plan.removed, _Ends(plan, parts))
+
+
+class _Ends(Mapping[str, torch.Tensor]):
+    """What embedding and head are once they are compressed, by parameter name; made when asked for, and not kept."""
+
+    def __init__(self, plan: Plan, parts: Parts) -> None:
+        self._parts = parts
+        self._units = {
+            f"{unit.name}.weight": unit
+            for unit in plan.units
+            if unit.role in ENDS and plan.choices[unit.name] is not None
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        part = self._parts.part(self._units[name])
+        assert part is not None
+        return part.dense()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
 
 
 def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[dict[str, Any]]:
