@@ -21,6 +21,9 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # threads that spin while they wait make everything several times slower as soon as a core has other work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# a layer's tensors are in memory when transformers places them: threads for that gain nothing, and one that cannot start for want
+# of memory is waited for without end
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 # what a disk may do in the middle of a run, and the remedy
 DISK = {
@@ -167,23 +170,26 @@ def _terminated(*_: object) -> None:
 
 def out_of_memory(problem: BaseException) -> bool:
     """Whether the system gave no more memory, to Python or to torch."""
-    return isinstance(problem, MemoryError) or (
-        isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem)
-    )
+    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "allocate memory" in str(problem))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    from checkpoint.errors import UserError
+    from checkpoint.memory import PROCESS_BYTES, check_allowed
     from eval.quiet import quiet_libraries
 
     quiet_libraries()  # before anything imports those libraries
     try:
+        check_allowed(PROCESS_BYTES)  # with less some library's own start may fail, or never end
         options = parser().parse_args(given)
         if options.list_recipes:
             list_recipes()
             return 0
-        from checkpoint.errors import UserError
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     if threading.current_thread() is threading.main_thread():

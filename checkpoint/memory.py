@@ -10,9 +10,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from checkpoint.errors import UserError
+
 # glibc's mallopt: parameters, and what they are set to
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENAS = -1, -3, -8
 LARGE_BLOCK, FREE_AT_THE_TOP = 16 << 20, 256 << 20
+
+
+PROCESS_BYTES = 515_000_000  # Python, torch, transformers and the heap before any layer: measured
+
+
+def check_allowed(needed: int) -> None:
+    """Raise UserError if the system's limits for this process are below ``needed`` bytes."""
+    for name, flag in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):
+        allowed, _ = resource.getrlimit(getattr(resource, name))
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
+            raise UserError(
+                f"{needed / 1e9:.2f} GB of memory are needed, and the system allows this process {allowed / 1e9:.2f} GB "
+                f"(ulimit {flag}); raise that{', or plan for less with --memory-limit' if needed > PROCESS_BYTES else ''}"
+            )
 
 
 @cache

@@ -7,7 +7,6 @@ later layers see it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from compress.allocations import ALLOCATIONS
 from compress.ends import end_menus
 from compress.footprint import in_passes
 from compress.install import install
-from compress.linears import EMPTY, decompose, loss_of_all, quantize, whole_menu
+from compress.linears import EMPTY, decompose, loss_of_all, noted, quantize, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
 from compress.plan import Plan
@@ -231,21 +230,20 @@ def _walk_groups(
     found: dict[str, Factors | Channels] = {}
     tensors: dict[str, torch.Tensor] = {}
     for linear, spec in linears.items():
-        started = time.monotonic()
-        if spec.weight is not None:
-            of_linear = moments.get(linear.local, EMPTY)
-            (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})
-            loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
-            loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
-            loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
-            tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
-        elif kept is not None and recipe.storage.prunes(linear):
-            found[linear.local] = _pruned(plan, open_layer, linear, kept)
-        elif ready is None:
-            found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], spec.rank)
-        else:
-            found[linear.local] = from_record(ready, linear).first(spec.rank)
-        notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
+        with noted(notes, linear):
+            if spec.weight is not None:
+                of_linear = moments.get(linear.local, EMPTY)
+                (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})
+                loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
+                loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
+                loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
+                tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
+            elif kept is not None and recipe.storage.prunes(linear):
+                found[linear.local] = _pruned(plan, open_layer, linear, kept)
+            elif ready is None:
+                found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], spec.rank)
+            else:
+                found[linear.local] = from_record(ready, linear).first(spec.rank)
     for group in groups if recipe.refit != "none" else []:
         _refit_group(plan, open_layer, group, found, sweeps)
     for linear, spec in linears.items():

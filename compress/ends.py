@@ -8,7 +8,6 @@ curvature as a head is ``E[p_v (1 - p_v) h h^T]``, as an embedding ``E[1(token =
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from calibration.structure import Linear
 from calibration.sweep import Sweep
 from checkpoint.forms import Grid
 from compress.candidates import Candidate
-from compress.linears import kept_candidates
+from compress.linears import kept_candidates, noted
 from compress.plan import Plan
 from compress.quantizers.gptq import Columns, Levels
 from compress.quantizers.grid import Quantized, find_scales
@@ -30,9 +29,8 @@ def end_menus(plan: Plan, sweep: Sweep) -> tuple[dict[str, torch.Tensor], dict[s
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for end in plan.structure.ends:
-        started = time.monotonic()
-        tensors |= _menu(plan, sweep, end)
-        notes[end.local] = {"seconds": round(time.monotonic() - started, 4)}
+        with noted(notes, end):
+            tensors |= _menu(plan, sweep, end)
     return tensors, notes
 
 

@@ -19,6 +19,7 @@ from calibration.roles import ENDS
 from calibration.structure import Group, Layer, Linear, Structure
 from calibration.sweep import SAMPLES
 from checkpoint.errors import UserError
+from checkpoint.memory import PROCESS_BYTES
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.parallel import FEW
@@ -27,7 +28,6 @@ from compress.quantizers.grid import SEARCHED
 from compress.quantizers.two_sided import TOGETHER
 from compress.recipe import Recipe
 
-PROCESS_BYTES = 515_000_000  # Python, torch, transformers and the heap before any layer: measured
 HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
 SINGLE, DOUBLE = 4, 8  # bytes of a float
 
@@ -231,11 +231,12 @@ class _Shapes:
         together = (SINGLE + 1) * min(len(grids), max(1, TOGETHER // whole)) if two_sided else 4 * SINGLE
         rounding = SINGLE * (2 * whole + squares) + together * whole
         roots = 3 * SINGLE * max(linear.d_in, linear.d_out if two_sided else 0) ** 2 + SINGLE * whole
-        workers = min(torch.get_num_threads(), len(grids)) if whole <= FEW else 1
+        candidates = len(grids) if recipe.mode == "one-shot" else 1
+        workers = min(torch.get_num_threads(), candidates) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
         # what the search for scales leaves is in small blocks, which the heap keeps
         searching = (workers if two_sided else 1) * 16 * SINGLE * min(SEARCHED, whole)
-        return (DOUBLE + len(grids)) * whole + searching + max(roots, rounding, workers * correcting)
+        return (DOUBLE + candidates) * whole + searching + max(roots, rounding, workers * correcting)
 
     def copies(self, linear: Linear) -> int:
         """Of the weight, or of its error, in float64 while its factors are made."""

@@ -18,6 +18,7 @@ from checkpoint.memory import release_memory
 from compress.allocations import ALLOCATIONS, Curve
 from compress.allocations.pooled import lower_hull
 from compress.candidates import Candidate, quantized_product_losses
+from compress.counts import counted
 from compress.methods import METHODS
 from compress.parts import Factors
 from compress.plan import Plan
@@ -34,43 +35,55 @@ def whole_menu(
 
     A linear's ``moments`` are taken out when it is its turn, and need not stay in memory: the largest linear's are the first.
     """
-    storage = plan.recipe.storage
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
     for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
         release_memory()  # the heap that the layer's activations, or the last linear, left
-        started = time.monotonic()
-        menu = storage.menu(linear)
-        if not menu:
+        if not plan.recipe.storage.menu(linear):
             continue  # stays dense
-        of_linear = moments.pop(linear.local, EMPTY)
-        loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
-        if storage.low_rank:
-            factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
-            tensors |= to_record(factors, linear)
-            loss[0] = factors.loss[0]
-            in_dtype = [choice for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors is None]
-            loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]]
-            del factors  # float64 along all directions, which the record does not need
-            on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
-            if on_grids:
-                release_memory()  # between the steps: what one left and what the next takes would be in memory together
-                weight = module_weight(open_layer.linear(linear.local)).double()
-                stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
-                loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear)
-                del weight, stored
-        if storage.grids:
-            release_memory()
-            tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
-            if not storage.low_rank:
-                loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
-        tensors[f"{linear.local}.loss"] = loss
-        if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
-            weight = module_weight(open_layer.linear(linear.local)).double()
-            tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
-        del of_linear
-        notes[linear.local] = {"seconds": round(time.monotonic() - started, 4)}
+        with noted(notes, linear):
+            tensors |= _menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY))
     return tensors, notes
+
+
+@contextmanager
+def noted(notes: dict[str, Any], linear: Linear) -> Iterator[None]:
+    """Note how long a linear took, and what had to be mended in its numbers."""
+    started = time.monotonic()
+    with counted() as mended:
+        yield
+    notes[linear.local] = {"seconds": round(time.monotonic() - started, 4), "mended": dict(mended)}
+
+
+def _menu_of(plan: Plan, open_layer: OpenLayer, linear: Linear, of_linear: Moments) -> dict[str, torch.Tensor]:
+    """The record of one linear."""
+    tensors: dict[str, torch.Tensor] = {}
+    storage, menu = plan.recipe.storage, plan.recipe.storage.menu(linear)
+    loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
+    if storage.low_rank:
+        factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))
+        tensors |= to_record(factors, linear)
+        loss[0] = factors.loss[0]
+        in_dtype = [choice for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors is None]
+        loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]]
+        del factors  # float64 along all directions, which the record does not need
+        on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
+        if on_grids:
+            release_memory()  # between the steps: what one left and what the next takes would be in memory together
+            weight = module_weight(open_layer.linear(linear.local)).double()
+            stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
+            loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear)
+            del weight, stored
+    if storage.grids:
+        release_memory()
+        tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
+        if not storage.low_rank:
+            loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
+    tensors[f"{linear.local}.loss"] = loss
+    if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
+        weight = module_weight(open_layer.linear(linear.local)).double()
+        tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
+    return tensors
 
 
 def _quantized_menu(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from compress.menu import REMOVED
 from compress.methods import METHODS, NATS
 from compress.plan import Plan
 from compress.progress import Stage
-from compress.records import Parts, stage_name
+from compress.records import DENSE_STAGE, Parts, stage_name
 from compress.sizes import Collected
 
 
@@ -118,6 +119,17 @@ class _Ends(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._units)
+
+
+def mended(plan: Plan, work: WorkDirectory) -> dict[str, int]:
+    """What had to be mended in the numbers of all linears, and how often (compress/counts.py)."""
+    stages = {DENSE_STAGE, stage_name(plan)}
+    total: Counter[str] = Counter()
+    for stage, index in ((stage, index) for stage in sorted(stages) for index in {unit.layer for unit in plan.units}):
+        if work.done(stage, index):
+            for note in work.notes(stage, index).values():
+                total.update(note["mended"])
+    return dict(sorted(total.items()))
 
 
 def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[dict[str, Any]]:

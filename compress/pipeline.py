@@ -20,7 +20,7 @@ import torch
 from calibration.windows import Windows, make_windows
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
-from checkpoint.memory import keep_large_blocks_apart, peak_bytes
+from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.tensorfile import write_tensors
@@ -30,7 +30,7 @@ from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
 from compress.footprint import within
-from compress.plan import Plan, check_disk, check_memory, format_plan, make_plan, make_source
+from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
 from compress.records import RECORDS
@@ -106,7 +106,7 @@ def run(request: Request) -> None:
         say(format_plan(plan, output, request.work_dir))
         if not output.exists():
             check_disk(plan, output, request.work_dir)
-            check_memory(plan)
+            check_allowed(plan.estimate.memory_bytes)
     if request.dry_run:
         return
     with Stage("tokenising", 1, "text") as tokenising:
@@ -270,6 +270,7 @@ def produce(
         windows=None if windows is None else windows.provenance,
         rows=parts_out.matrix_rows(plan, work, collected),
         predicted=predicted,
+        mended=parts_out.mended(plan, work),
         stages=[item.as_dict() | {"planned_bytes": planned.get(item.name)} for item in stages],
         run={
             "command": request.command,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,18 +144,6 @@ def check_disk(plan: Plan, output: Path, work: Path) -> None:
             raise UserError(
                 f"no room on disk for {path}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
                 "free some or name another place with --output and --work-dir"
-            )
-
-
-def check_memory(plan: Plan) -> None:
-    """Raise UserError if this process may not have the memory that the plan needs."""
-    needed = plan.estimate.memory_bytes
-    for name, flag in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):
-        allowed, _ = resource.getrlimit(getattr(resource, name))
-        if allowed != resource.RLIM_INFINITY and allowed < needed:
-            raise UserError(
-                f"{needed / 1e9:.2f} GB of memory are needed, and the system allows this process {allowed / 1e9:.2f} GB "
-                f"(ulimit {flag}); raise that, or say --memory-limit {allowed / 1e9:.2f}GB"
             )
 
 

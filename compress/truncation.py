@@ -12,6 +12,7 @@ import numpy
 import torch
 from scipy.sparse.linalg import eigsh
 
+from compress.counts import count
 from compress.parts import Factors
 
 # a Krylov space finds this part of the directions, or less, sooner than a full decomposition; and how exactly
@@ -72,7 +73,11 @@ def damping_floor(damping: float, power: float) -> float:
     For inputs that are zero throughout, any approximation is as good by the text; the limit of ever smaller
     damping is plain SVD, and that is what 1 gives.
     """
-    return damping * power if power > 0 else 1.0
+    if power > 0:
+        count("moments damped", int(damping > 0))
+        return damping * power
+    count("moments of zero, one put in their diagonal")
+    return 1.0
 
 
 def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +85,12 @@ def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not bool(torch.isfinite(symmetric).all()):
         raise NotFinite("a second moment holds NaN or inf")
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    return _not_negative(values.flip(0)), vectors.flip(1)
+
+
+def _not_negative(values: torch.Tensor) -> torch.Tensor:
+    count("eigenvalues below zero, by rounding, taken as zero", int((values < 0).sum()))
+    return values.clamp(min=0)
 
 
 def leading(symmetric: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +110,7 @@ def leading(symmetric: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
         start = numpy.random.default_rng(0).standard_normal(len(symmetric))  # ARPACK's own would differ from run to run
         values, found = eigsh(((symmetric + symmetric.T) / 2).numpy(), k=count, which="LA", tol=TOLERANCE, v0=start)
         order = numpy.argsort(-values, kind="stable")
-        power, vectors = torch.from_numpy(values[order]).clamp(min=0), torch.from_numpy(found[:, order])
+        power, vectors = _not_negative(torch.from_numpy(values[order])), torch.from_numpy(found[:, order])
     rest = (symmetric.trace() - power.sum()).clamp(min=0)
     return torch.cat([power, rest.unsqueeze(0)]), vectors
 

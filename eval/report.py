@@ -24,6 +24,7 @@ def write_report(
     windows: dict[str, Any] | None,
     rows: list[dict[str, Any]],
     predicted: float | None,
+    mended: dict[str, int],
     stages: list[dict[str, Any]],
     run: dict[str, Any],
 ) -> None:
@@ -38,6 +39,7 @@ def write_report(
         "calibration": windows,
         "compute_dtype": {"dtype": fingerprint["compute_dtype"], "reason": plan.dtype_reason},
         "predicted_loss_nats_per_token": predicted,
+        "mended": mended,
         "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
         "unused_source_tensors": plan.source.unused,
         "stages": stages,
@@ -82,6 +84,7 @@ def card(report: dict[str, Any], table: str | None) -> str:
     )
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
     evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
+    mended = "".join(f"- {number:,} {what}\n" for what, number in report["mended"].items())
     predicted = report["predicted_loss_nats_per_token"]
     prediction = (
         f"""
@@ -134,6 +137,7 @@ torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}
 {stages}
 
 A matrix took {report["seconds_per_matrix"]:.2f} s to decompose on average.
+{"What was mended so that numbers stay finite, over all matrices and candidates:" + chr(10) + chr(10) + mended if mended else ""}
 In all {run["seconds"]:.0f} s before evaluation; peak memory {run["peak_memory_bytes"] / 1e6:.0f} MB \
 (planned {run["planned_memory_bytes"] / 1e6:.0f} MB).
 """

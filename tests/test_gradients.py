@@ -37,7 +37,7 @@ def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, 
     moments: dict[str, Moments] = {}
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
-            found = sweep.collect_backward(open_layer, NEEDS, gradient_windows)
+            found = sweep.collect_backward(open_layer, layer.groups, NEEDS, gradient_windows)
             moments |= {linear.name: found[linear.local] for linear in layer.linears}
     return structure, moments, ids
 

@@ -56,8 +56,8 @@ def _slope(a: Point, b: Point) -> float:
 
 
 def _best_within(curve: Curve, nbytes: int) -> int:
-    """The choice with the least loss among those that take no more than ``nbytes``; the smaller of equals."""
-    return min(range(1, bisect_right(curve.sizes, nbytes)), key=lambda choice: curve.loss[choice])
+    """The choice with the least loss among those that take no more than ``nbytes``; the larger of equals: the bytes are there."""
+    return min(range(bisect_right(curve.sizes, nbytes) - 1, 0, -1), key=lambda choice: curve.loss[choice])
 
 
 def pooled(curves: Sequence[Curve], budget: int) -> Ranks:

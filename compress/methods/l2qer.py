@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from calibration.moments import Moments
+from compress.counts import count
 from compress.parts import Factors
 from compress.truncation import truncate_by_channels
+
+FLOOR = 1e-4
 
 
 def l2qer(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
@@ -18,4 +21,6 @@ def l2qer(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> 
     """
     if moments.mean_absolute is None:
         raise ValueError("the mean magnitudes of the input channels are needed")
-    return truncate_by_channels(weight, moments.mean_absolute.double().clamp(min=1e-4), rank)
+    magnitude = moments.mean_absolute.double()
+    count("channels below the floor", int((magnitude < FLOOR).sum()))
+    return truncate_by_channels(weight, magnitude.clamp(min=FLOOR), rank)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from calibration.moments import Moments, sample_batches
+from compress.counts import count
 from compress.parts import Factors
 from compress.truncation import damping_floor, leading, tails
 
@@ -79,5 +80,7 @@ def _balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Give each direction's column of ``a`` and row of ``b`` the same length: half-precision exponents stay in range."""
     size_a, size_b = torch.linalg.vector_norm(a, dim=0), torch.linalg.vector_norm(b, dim=1)
     scale = (size_b / size_a).sqrt()
-    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
+    usable = torch.isfinite(scale) & (scale > 0)
+    count("directions of length zero, not balanced", int((~usable).sum()))
+    scale = torch.where(usable, scale, torch.ones_like(scale))
     return a * scale, b / scale[:, None]

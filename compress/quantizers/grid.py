@@ -12,6 +12,7 @@ from itertools import product
 import torch
 
 from checkpoint.forms import Grid
+from compress.counts import count
 
 SEARCHED = 1 << 20  # weights whose scales are searched at a time
 # parts of a group's range that the search for a clipped one tries
@@ -57,6 +58,7 @@ def find_scales(
     ``(d_in,)``, is kept. Scales are rounded to ``dtype``, in which they are stored, before any code is chosen.
     """
     counted = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    count("inputs that the text never excites, counted a little", int((counted == 0).sum()))
     # an input that the text never excited still counts a little: its weights must not be clipped away
     counted = counted + 1e-3 * counted.mean() + torch.finfo(torch.float32).tiny
     found = [_search(rows, grid, counted, dtype) for rows in weight.split(max(1, SEARCHED // weight.shape[1]))]
@@ -71,6 +73,7 @@ def _search(
     groups = grid.groups(weight.shape[1])
     grouped, counted = weight.float().unflatten(1, (groups, -1)), importance.unflatten(0, (groups, -1))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    count("groups of zeros, of scale one", int((low == high).sum()))
     best = torch.full(low.shape, torch.inf)
     scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros(low.shape, dtype=torch.int8)
     for part, mirrored in product(PARTS, (False, True) if grid.symmetric and not grid.power_of_two else (False,)):
