@@ -1,0 +1,118 @@
+"""SIGKILL at random moments of runs on a real model; each goes on, and ends in the bytes of a run that was left alone. Prints a table.
+
+    python benchmarks/kills.py [--model DIR] [--kills 100] [--recipes NAME ...] [--seed S]
+
+Every recipe is run once as it is. Then its command is started again and again, each time killed after a delay that is drawn evenly from
+nothing to ``LONGEST`` seconds, until it ends; then from the beginning, until it has had its share of the kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+LONGEST = 20.0  # seconds; starting takes five of them
+# one-shot, sequential, backward, packed on the compressed model, everything
+RECIPES = {"svd-llm": "0.6", "llm-rom": "0.6", "loss-aware": "0.6", "gptq": "0.266", "auto": "0.3"}
+
+
+def command(model: str, recipe: str, ratio: str, output: Path) -> list[str]:
+    """The command line of a run."""
+    found = [
+        sys.executable,
+        str(ROOT / "run_pipeline.py"),
+        "--model",
+        model,
+        "--recipe",
+        recipe,
+        "--target-ratio",
+        ratio,
+    ]
+    found += ["--ratio-scope", "model" if recipe == "auto" else "decoder", "--calibration-tokens", "4096"]
+    return [*found, "--evaluate", "none", "--output", str(output)]
+
+
+def hashes(output: Path) -> dict[str, str]:
+    """Of the files that make a checkpoint."""
+    files = [path for path in output.iterdir() if path.suffix in (".safetensors", ".py") or path.name == "config.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def where(output: Path) -> str:
+    """How far a killed run had come, from what it left."""
+    work = output.with_name(output.name + ".work")
+    if output.with_name(output.name + ".partial").exists():
+        return "writing, checking"
+    if any(path.suffix == ".safetensors" for path in work.glob("*/*")):
+        return "decomposing"
+    return "hidden states" if any(work.glob("hidden-*/*")) else "starting"
+
+
+def killed_until_done(arguments: list[str], output: Path, draw: random.Random, most: int) -> list[str]:
+    """Kill the command up to ``most`` times; then, or if a delay is long enough, it ends. Where it was each time."""
+    found: list[str] = []
+    while True:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            code = process.wait(draw.uniform(0, LONGEST) if len(found) < most else None)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            found.append(where(output))
+            continue
+        if code:
+            raise RuntimeError(f"exit code {code} after {found}")
+        return found
+
+
+def main() -> None:
+    """All recipes; exit code 1 if anything was lost."""
+    from tables import line
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="offline")
+    parser.add_argument("--kills", type=int, default=100, help="of all recipes together (%(default)s)")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    places = ("starting", "hidden states", "decomposing", "writing, checking")
+    line(["recipe", "kills", *places, "runs to the end", "of the same bytes", "seconds"])
+    line(["---"] * 9)
+    share, lost = -(-options.kills // len(options.recipes)), 0
+    for recipe in options.recipes:
+        started = time.monotonic()
+        draw = random.Random(f"{options.seed} {recipe}")
+        with tempfile.TemporaryDirectory() as directory:
+            output = Path(directory) / "out"
+            arguments = command(options.model, recipe, RECIPES[recipe], output)
+            subprocess.run(arguments, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            whole, found, runs, same = hashes(output), list[str](), 0, 0
+            while len(found) < share:
+                for path in Path(directory).iterdir():
+                    shutil.rmtree(path)
+                found += killed_until_done(arguments, output, draw, share - len(found))
+                runs, same = runs + 1, same + (hashes(output) == whole)
+        counts = Counter(found)
+        seconds = f"{time.monotonic() - started:.0f}"
+        line([recipe, len(found), *(counts[place] for place in places), runs, same, seconds])
+        lost += runs - same
+    sys.exit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()
