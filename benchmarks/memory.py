@@ -1,6 +1,6 @@
 """Planned and measured peak memory of every stage, against depth, width, vocabulary and tokens; prints a table.
 
-    python benchmarks/memory.py [--recipes svd-llm auto] [--cases NAME ...] [--ratio R] [--memory-limit 1GB]
+    python benchmarks/memory.py [--recipes svd-llm auto] [--cases NAME ...] [--stages] [--memory-limit 1GB]
 
 Synthetic llama-shaped checkpoints; each compression is a process of its own, and each of its stages reports its high-water mark.
 ``large`` is the checkpoint of 2 GB.
@@ -31,6 +31,7 @@ CASES = {
     "wider": (WIDER, 2, 4096),
     "large": (WIDE, 40, 2048),
 }
+RATIOS = {"gptq": "0.266"}  # of the decoder: 4 bits in groups of 64 for every linear; of the whole model for auto
 COLUMNS = ("recipe", "case", "checkpoint MB", "stage", "planned MB", "measured MB", "planned / measured")
 
 
@@ -41,7 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["svd-llm", "llm-rom", "gptq", "loss-aware", "auto"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[name for name in CASES if name != "large"])
-    parser.add_argument("--ratio", default="0.6", help="of the decoder; of the whole model for auto (%(default)s)")
     parser.add_argument("--memory-limit", help="as run_pipeline.py has it")
     parser.add_argument("--stages", action="store_true", help="every stage, not only the one with the highest peak")
     options = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
         size = write(source, layers=layers, **shape)
         for recipe in options.recipes:
             command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
-            command += ["--target-ratio", options.ratio, "--calibration", str(text), "--evaluate", "none"]
+            command += ["--target-ratio", RATIOS.get(recipe, "0.5"), "--calibration", str(text), "--evaluate", "none"]
             command += ["--ratio-scope", "model" if recipe == "auto" else "decoder", "--fresh", "--output", str(output)]
             command += ["--calibration-tokens", str(tokens)]
             command += ["--memory-limit", options.memory_limit] if options.memory_limit else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,11 +154,11 @@ def make_windows(tokenizer: Any, texts: Sequence[str], tokens: int, length: int,
 
 def _draw(tokenizer: Any, text: str, wanted: int, length: int, seed: int) -> Windows:
     """``wanted`` windows of one text."""
-    stream: list[int] = []
+    stream = array("q")  # a list would take four times as much
     text_hash = hashlib.sha256()
     characters = 0
     for piece in read_text(text):
-        stream += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        stream.extend(tokenizer(piece, add_special_tokens=False)["input_ids"])
         text_hash.update(piece.encode())
         characters += len(piece)
         if len(stream) >= POOL * wanted * length:
@@ -174,7 +175,7 @@ def _draw(tokenizer: Any, text: str, wanted: int, length: int, seed: int) -> Win
         )
     pool = min(available, POOL * wanted)
     drawn = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
-    ids = torch.tensor(stream[: pool * length], dtype=torch.int64).view(pool, length)[drawn].clone()
+    ids = torch.frombuffer(stream, dtype=torch.int64)[: pool * length].view(pool, length)[drawn].clone()
     told = {
         "text": text,
         "windows": wanted,

@@ -30,31 +30,38 @@ from compress.recipe import Recipe
 
 HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
 SINGLE, DOUBLE = 4, 8  # bytes of a float
+SEARCHING = 64  # bytes a weight whose scale is searched: measured
+TEXT = 30_000_000  # a piece of text, its tokens, and what the tokenizer remembers: measured
+TOKENIZER = 12  # bytes in memory for one in tokenizer.json: measured
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a stage holds at its peak besides the process: bytes by what they are, and where that is."""
+    """What a stage holds at its peak besides the process (and its tokenizer): bytes by what they are, and where that is."""
 
     stage: str
     where: str
     holds: Mapping[str, int]
+    process: int = PROCESS_BYTES
 
     @property
     def nbytes(self) -> int:
         """All of it, with the process."""
-        return int(HEADROOM * (PROCESS_BYTES + sum(self.holds.values())))
+        return int(HEADROOM * (self.process + sum(self.holds.values())))
 
     def __str__(self) -> str:
         held = ", ".join(f"{what} {size / 1e6:.0f} MB" for what, size in self.holds.items())
-        return f"{self.stage} at {self.where}: the process {PROCESS_BYTES / 1e6:.0f} MB, {held}"
+        return f"{self.stage} at {self.where}: the process {self.process / 1e6:.0f} MB, {held}"
 
 
 def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int = 1) -> list[Footprint]:
     """The peak of every stage of a run, in order; stages that hold next to nothing are left out."""
     shapes = _Shapes(source, structure, recipe, passes)
     largest = max(source.used_tensors(), key=lambda item: item.nbytes)
-    found = [Footprint("verifying weights", largest.key, {"tensor": largest.nbytes})]
+    found = [
+        Footprint("tokenising", recipe.calibration, {"text": TEXT}),
+        Footprint("verifying weights", largest.key, {"tensor": largest.nbytes}),
+    ]
     reads = ALLOCATIONS[recipe.allocation].reads
     if recipe.mode == "one-shot" or reads:
         if recipe.backward:
@@ -67,7 +74,10 @@ def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int
             found.append(shapes.through("searching", collects=False))
     if recipe.walks:
         found.append(shapes.through("walking", collects=True))
-    return [*found, shapes.output("writing"), shapes.output("checking")]
+    found += [shapes.output("writing"), shapes.output("checking")]
+    tokenizer = source.directory / "tokenizer.json"
+    process = PROCESS_BYTES + (TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+    return [replace(item, process=process) for item in found]
 
 
 def within(source: Source, structure: Structure, recipe: Recipe, limit: int | None) -> tuple[Recipe, int]:
@@ -137,7 +147,7 @@ class _Shapes:
 
     def weights(self, paths: Iterable[str], as_stored: bool = False) -> int:
         """Of the parameters under the paths, loaded to be run, or to be written."""
-        names = [name for name in self.source.parameter_names(paths) if name not in self.source.tied]
+        names = {self.source.tied.get(name, name) for name in self.source.parameter_names(paths)}
         stored = sum(self.source.tensor(name).numel() * self.source.stored_dtype(name).itemsize for name in names)
         loaded = sum(self.source.tensor(name).numel() for name in names) * self.itemsize
         # where the dtype is another both are there while a layer is loaded
@@ -235,7 +245,7 @@ class _Shapes:
         workers = min(torch.get_num_threads(), candidates) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
         # what the search for scales leaves is in small blocks, which the heap keeps
-        searching = (workers if two_sided else 1) * 16 * SINGLE * min(SEARCHED, whole)
+        searching = (workers if two_sided else 1) * SEARCHING * min(SEARCHED, whole)
         return (DOUBLE + candidates) * whole + searching + max(roots, rounding, workers * correcting)
 
     def copies(self, linear: Linear) -> int:
@@ -259,6 +269,7 @@ class _Shapes:
             held = {
                 "weights": loaded + 2 * whole * (end.dtype.itemsize + 1),
                 "records": sum(record_bytes(self.recipe, item) for item in self.structure.ends),
+                "scales": SEARCHING * min(SEARCHED, whole),
                 "rows or logits": max(7 * self.logits, SINGLE * 8 * min(END_ROWS, end.d_out) * end.d_in),
             }
             found.append(Footprint("ends", end.name, held))

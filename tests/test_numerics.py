@@ -110,8 +110,15 @@ def test_what_was_mended_is_counted_in_the_report(tmp_path, damage, recipe, expe
     damage(weights)
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     text = zoo.write_text(tmp_path / "text.txt", 4000)
-    few = ["--calibration-tokens", "32", "--sequence-length", "16"]  # fewer than dimensions: some eigenvalues are nothing
-    assert run_pipeline.main(flags(source, text, tmp_path / "out", "--recipe", recipe, *MORE.get(recipe, ()), *few)) == 0
+    few = [
+        "--calibration-tokens",
+        "32",
+        "--sequence-length",
+        "16",
+    ]  # fewer than dimensions: some eigenvalues are nothing
+    assert (
+        run_pipeline.main(flags(source, text, tmp_path / "out", "--recipe", recipe, *MORE.get(recipe, ()), *few)) == 0
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["mended"].get(expected, 0) > 0, report["mended"]
     assert expected in (tmp_path / "out" / "README.md").read_text()
