@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-SMALL = {"hidden": 512, "intermediate": 1376, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
+SMALL = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
 WIDE = {"hidden": 1536, "intermediate": 4096, "heads": 12, "kv_heads": 4, "vocabulary": 8192}
 WIDER = {"hidden": 2048, "intermediate": 5632, "heads": 16, "kv_heads": 8, "vocabulary": 8192}
 # name: (shape, layers, calibration tokens)

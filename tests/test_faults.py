@@ -83,6 +83,30 @@ def test_a_source_that_changes_while_the_job_runs(text, tmp_path, monkeypatch, c
     assert run_pipeline.main(arguments) == 0
 
 
+def test_a_calibration_text_that_disappears(models, tmp_path, monkeypatch, capsys):
+    """What is finished waits for it: the tokens are part of what the records depend on."""
+    text = zoo.write_text(tmp_path / "text.txt", 4000)
+    arguments = flags(models("llama"), text, tmp_path / "out", "--recipe", "svd-llm")
+    put = WorkDirectory.put
+
+    def then_gone(self, stage, index, tensors, notes):
+        put(self, stage, index, tensors, notes)
+        text.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkDirectory, "put", then_gone)
+    assert run_pipeline.main(arguments) == 130
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert run_pipeline.main(arguments) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: calibration text") and "text.txt is no file here" in told
+    zoo.write_text(text, 4000)
+    monkeypatch.setattr(WorkDirectory, "put", put)
+    assert run_pipeline.main(arguments) == 0
+    assert len(list((tmp_path / "out.work" / "factors").glob("*.safetensors"))) == 3
+
+
 @pytest.mark.parametrize(
     "problem",
     [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
