@@ -139,7 +139,12 @@ def record_bytes(recipe: Recipe, unit: Linear) -> int:
 class _Shapes:
     def __init__(self, source: Source, structure: Structure, recipe: Recipe, passes: int) -> None:
         self.source, self.structure, self.recipe, self.passes = source, structure, recipe, passes
-        self.itemsize = source.compute_dtype.itemsize
+        self.itemsize, self.converts = source.compute_dtype.itemsize, source.source_dtype != source.compute_dtype
+        # bytes of every parameter, stored and loaded
+        self.sizes = {
+            name: (tensor.numel() * source.stored_dtype(name).itemsize, tensor.numel() * self.itemsize)
+            for name, tensor in source.model.state_dict().items()
+        }
         self.width = min(group.linears[0].d_in for group in structure.layers[0].groups)
         self.tokens = recipe.micro_batch * recipe.sequence_length if recipe.needs else 0
         vocabulary = source.config.get_text_config().vocab_size
@@ -147,13 +152,12 @@ class _Shapes:
 
     def weights(self, paths: Iterable[str], as_stored: bool = False) -> int:
         """Of the parameters under the paths, loaded to be run, or to be written."""
-        names = {self.source.tied.get(name, name) for name in self.source.parameter_names(paths)}
-        stored = sum(self.source.tensor(name).numel() * self.source.stored_dtype(name).itemsize for name in names)
-        loaded = sum(self.source.tensor(name).numel() for name in names) * self.itemsize
+        wanted = tuple(paths)
+        under = [name for name in self.sizes if name in wanted or name.startswith(tuple(path + "." for path in wanted))]
+        sizes = [self.sizes[name] for name in {self.source.tied.get(name, name) for name in under}]
+        stored, loaded = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         # where the dtype is another both are there while a layer is loaded
-        return (
-            stored if as_stored else loaded + (stored if self.source.source_dtype != self.source.compute_dtype else 0)
-        )
+        return stored if as_stored else loaded + (stored if self.converts else 0)
 
     def activations(self, layer: Layer, backward: bool) -> int:
         """Of a micro-batch in a layer: what its linears give, residuals and norms in float32; for autograd, what they read too."""
