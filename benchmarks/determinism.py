@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
 def main() -> None:
     """Compress, compare, print."""
     from kills import hashes
-    from tables import line
+    from tables import compression, line
 
     from compress.pipeline import offline_model
     from compress.recipe import load_recipe
@@ -58,23 +58,7 @@ def main() -> None:
             for variant, (threads, changes) in VARIANTS.items():
                 recipe, output = Path(directory) / "recipe.yaml", Path(directory) / variant.replace(" ", "-")
                 recipe.write_text(yaml.safe_dump(load_recipe(name).override(changes).as_dict()))
-                command = [
-                    sys.executable,
-                    str(ROOT / "run_pipeline.py"),
-                    "--model",
-                    str(model),
-                    "--recipe",
-                    str(recipe),
-                ]
-                command += [
-                    "--target-ratio",
-                    ratio,
-                    "--ratio-scope",
-                    scope,
-                    "--calibration-tokens",
-                    str(options.tokens),
-                ]
-                command += ["--evaluate", "none", "--export", "dense", "--output", str(output)]
+                command = compression(model, recipe, ratio, scope, options.tokens, output, "--export", "dense")
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 subprocess.run(
                     command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment

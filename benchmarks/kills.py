@@ -29,22 +29,6 @@ LONGEST = 20.0  # seconds; starting takes five of them
 RECIPES = {"svd-llm": "0.6", "llm-rom": "0.6", "loss-aware": "0.6", "gptq": "0.266", "auto": "0.3"}
 
 
-def command(model: str, recipe: str, ratio: str, output: Path) -> list[str]:
-    """The command line of a run."""
-    found = [
-        sys.executable,
-        str(ROOT / "run_pipeline.py"),
-        "--model",
-        model,
-        "--recipe",
-        recipe,
-        "--target-ratio",
-        ratio,
-    ]
-    found += ["--ratio-scope", "model" if recipe == "auto" else "decoder", "--calibration-tokens", "4096"]
-    return [*found, "--evaluate", "none", "--output", str(output)]
-
-
 def hashes(output: Path) -> dict[str, str]:
     """Of the files that make a checkpoint."""
     files = [path for path in output.iterdir() if path.suffix in (".safetensors", ".py") or path.name == "config.json"]
@@ -82,7 +66,7 @@ def killed_until_done(arguments: list[str], output: Path, draw: random.Random, m
 
 def main() -> None:
     """All recipes; exit code 1 if anything was lost."""
-    from tables import line
+    from tables import compression, line
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="offline")
@@ -99,7 +83,8 @@ def main() -> None:
         draw = random.Random(f"{options.seed} {recipe}")
         with tempfile.TemporaryDirectory() as directory:
             output = Path(directory) / "out"
-            arguments = command(options.model, recipe, RECIPES[recipe], output)
+            scope = "model" if recipe == "auto" else "decoder"
+            arguments = compression(options.model, recipe, RECIPES[recipe], scope, 4096, output)
             subprocess.run(arguments, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             whole, found, runs, same = hashes(output), list[str](), 0, 0
             while len(found) < share:

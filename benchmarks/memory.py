@@ -38,6 +38,7 @@ COLUMNS = ("recipe", "case", "checkpoint MB", "stage", "planned MB", "measured M
 def main() -> None:
     """Write, compress, print."""
     from synthetic import write
+    from tables import compression
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["svd-llm", "llm-rom", "gptq", "loss-aware", "auto"])
@@ -55,10 +56,8 @@ def main() -> None:
         source, output = results / f"source-{case}", results / "output"
         size = write(source, layers=layers, **shape)
         for recipe in options.recipes:
-            command = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(source), "--recipe", recipe]
-            command += ["--target-ratio", RATIOS.get(recipe, "0.5"), "--calibration", str(text), "--evaluate", "none"]
-            command += ["--ratio-scope", "model" if recipe == "auto" else "decoder", "--fresh", "--output", str(output)]
-            command += ["--calibration-tokens", str(tokens)]
+            ratio, scope = RATIOS.get(recipe, "0.5"), "model" if recipe == "auto" else "decoder"
+            command = compression(source, recipe, ratio, scope, tokens, output, "--calibration", str(text), "--fresh")
             command += ["--memory-limit", options.memory_limit] if options.memory_limit else []
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             report = json.loads((output / "report.json").read_text())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def study(description: str | None) -> argparse.Namespace:
@@ -26,6 +29,13 @@ def study(description: str | None) -> argparse.Namespace:
 def line(cells: Iterable[Any]) -> None:
     """A row of a Markdown table."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def compression(model: Any, recipe: Any, ratio: str, scope: str, tokens: int, output: Path, *more: str) -> list[str]:
+    """The command line of a compression that is not evaluated."""
+    found = [sys.executable, str(ROOT / "run_pipeline.py"), "--model", str(model), "--recipe", str(recipe)]
+    found += ["--target-ratio", ratio, "--ratio-scope", scope, "--calibration-tokens", str(tokens)]
+    return [*found, "--evaluate", "none", "--output", str(output), *more]
 
 
 def accuracies(evaluation: Any, digits: int) -> list[str]:
