@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--model DIR] [--kills 100] [--recipes NAME ...] [--seed S]
 
 Every recipe is run once as it is. Then its command is started again and again, each time killed after a delay that is drawn evenly from
-nothing to ``LONGEST`` seconds, until it ends; then from the beginning, until it has had its share of the kills.
+nothing to a recipe's longest, until it ends; then from the beginning, until it has had its share of the kills.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-LONGEST = 20.0  # seconds; starting takes five of them
+# ratio, and the longest delay in seconds: starting takes five of them, a layer of auto ten;
 # one-shot, sequential, backward, packed on the compressed model, everything
-RECIPES = {"svd-llm": "0.6", "llm-rom": "0.6", "loss-aware": "0.6", "gptq": "0.266", "auto": "0.3"}
+RECIPES = {
+    "svd-llm": ("0.6", 20),
+    "llm-rom": ("0.6", 20),
+    "loss-aware": ("0.6", 20),
+    "gptq": ("0.266", 20),
+    "auto": ("0.3", 60),
+}
 
 
 def hashes(output: Path) -> dict[str, str]:
@@ -45,7 +51,7 @@ def where(output: Path) -> str:
     return "hidden states" if any(work.glob("hidden-*/*")) else "starting"
 
 
-def killed_until_done(arguments: list[str], output: Path, draw: random.Random, most: int) -> list[str]:
+def killed_until_done(arguments: list[str], output: Path, draw: random.Random, longest: float, most: int) -> list[str]:
     """Kill the command up to ``most`` times; then, or if a delay is long enough, it ends. Where it was each time."""
     found: list[str] = []
     while True:
@@ -53,7 +59,7 @@ def killed_until_done(arguments: list[str], output: Path, draw: random.Random, m
             arguments, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            code = process.wait(draw.uniform(0, LONGEST) if len(found) < most else None)
+            code = process.wait(draw.uniform(0, longest) if len(found) < most else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -84,13 +90,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             output = Path(directory) / "out"
             scope = "model" if recipe == "auto" else "decoder"
-            arguments = compression(options.model, recipe, RECIPES[recipe], scope, 4096, output)
+            ratio, longest = RECIPES[recipe]
+            arguments = compression(options.model, recipe, ratio, scope, 4096, output)
             subprocess.run(arguments, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             whole, found, runs, same = hashes(output), list[str](), 0, 0
             while len(found) < share:
                 for path in Path(directory).iterdir():
                     shutil.rmtree(path)
-                found += killed_until_done(arguments, output, draw, share - len(found))
+                found += killed_until_done(arguments, output, draw, longest, share - len(found))
                 runs, same = runs + 1, same + (hashes(output) == whole)
         counts = Counter(found)
         seconds = f"{time.monotonic() - started:.0f}"
