@@ -190,7 +190,12 @@ def test_a_walk_with_an_allocation_that_reads_losses_sweeps_the_dense_model_firs
     ]
     assert run_pipeline.main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [stage["stage"] for stage in report["stages"]][1:3] == ["decomposing", "walking"]
+    assert [stage["stage"] for stage in report["stages"]][:4] == [
+        "tokenising",
+        "verifying weights",
+        "decomposing",
+        "walking",
+    ]
     ranks = {row.split(",")[5] for row in (tmp_path / "out" / "matrices.csv").read_text().splitlines()[1:]}
     assert len(ranks) > 3, "ranks are pooled, not uniform"
 
