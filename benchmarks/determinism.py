@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 # name -> threads, and fields of the recipe
 VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
 
 def main() -> None:
     """Compress, compare, print."""
-    from kills import hashes
+    import zoo
     from tables import compression, line
 
     from compress.pipeline import offline_model
@@ -64,7 +64,7 @@ def main() -> None:
                     command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
                 )
                 _, after = compare(output, first, settings)
-                same = "yes" if hashes(output) == hashes(first) else "no"
+                same = "yes" if zoo.content(output) == zoo.content(first) else "no"
                 kl = f"{after.divergences[0].kl_nats_per_token:.2g}"
                 line([name, variant, same, kl, f"{after.perplexities[0].perplexity:.4f}"])
 

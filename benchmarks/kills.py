@@ -9,7 +9,6 @@ nothing to a recipe's longest, until it ends; then from the beginning, until it 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import random
 import shutil
@@ -22,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 # ratio, and the longest delay in seconds: starting takes five of them, a layer of auto ten;
 # one-shot, sequential, backward, packed on the compressed model, everything
@@ -33,12 +32,6 @@ RECIPES = {
     "gptq": ("0.266", 20),
     "auto": ("0.3", 60),
 }
-
-
-def hashes(output: Path) -> dict[str, str]:
-    """Of the files that make a checkpoint."""
-    files = [path for path in output.iterdir() if path.suffix in (".safetensors", ".py") or path.name == "config.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def where(output: Path) -> str:
@@ -72,6 +65,7 @@ def killed_until_done(arguments: list[str], output: Path, draw: random.Random, l
 
 def main() -> None:
     """All recipes; exit code 1 if anything was lost."""
+    import zoo
     from tables import compression, line
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -93,12 +87,12 @@ def main() -> None:
             ratio, longest = RECIPES[recipe]
             arguments = compression(options.model, recipe, ratio, scope, 4096, output)
             subprocess.run(arguments, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            whole, found, runs, same = hashes(output), list[str](), 0, 0
+            whole, found, runs, same = zoo.content(output), list[str](), 0, 0
             while len(found) < share:
                 for path in Path(directory).iterdir():
                     shutil.rmtree(path)
                 found += killed_until_done(arguments, output, draw, longest, share - len(found))
-                runs, same = runs + 1, same + (hashes(output) == whole)
+                runs, same = runs + 1, same + (zoo.content(output) == whole)
         counts = Counter(found)
         seconds = f"{time.monotonic() - started:.0f}"
         line([recipe, len(found), *(counts[place] for place in places), runs, same, seconds])

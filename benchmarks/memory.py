@@ -38,7 +38,7 @@ COLUMNS = ("recipe", "case", "checkpoint MB", "stage", "planned MB", "measured M
 def main() -> None:
     """Write, compress, print."""
     from synthetic import write
-    from tables import compression
+    from tables import compression, line
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=["svd-llm", "llm-rom", "gptq", "loss-aware", "auto"])
@@ -50,7 +50,8 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     text = results / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    line(COLUMNS)
+    line(["---"] * len(COLUMNS))
     for case in options.cases:
         shape, layers, tokens = CASES[case]
         source, output = results / f"source-{case}", results / "output"
@@ -62,19 +63,18 @@ def main() -> None:
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             report = json.loads((output / "report.json").read_text())
             for row in rows(report, options.stages):
-                print("| " + " | ".join(map(str, (recipe, case, f"{size / 1e6:.0f}", *row))) + " |", flush=True)
+                line([recipe, case, f"{size / 1e6:.0f}", *row])
         shutil.rmtree(source)
 
 
 def rows(report: dict, every_stage: bool) -> list[tuple[str, ...]]:
-    """Stage, planned, measured, and their quotient: of the whole run, and of every stage that was planned."""
+    """Stage, planned, measured, and their quotient: of the whole run, and of every stage."""
     run = report["run"]
     found = [("all", run["planned_memory_bytes"], run["peak_memory_bytes"])]
     if every_stage:
         found += [(item["stage"], item["planned_bytes"], item["peak_bytes"]) for item in report["stages"]]
     return [
-        (stage, f"{(planned or 0) / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{(planned or 0) / peak:.2f}")
-        for stage, planned, peak in found
+        (stage, f"{planned / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{planned / peak:.2f}") for stage, planned, peak in found
     ]
 
 

@@ -55,7 +55,7 @@ class Footprint:
 
 
 def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int = 1) -> list[Footprint]:
-    """The peak of every stage of a run, in order; stages that hold next to nothing are left out."""
+    """The peak of every stage of a run, in order."""
     shapes = _Shapes(source, structure, recipe, passes)
     largest = max(source.used_tensors(), key=lambda item: item.nbytes)
     found = [

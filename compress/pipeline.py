@@ -271,7 +271,7 @@ def produce(
         rows=parts_out.matrix_rows(plan, work, collected),
         predicted=predicted,
         mended=parts_out.mended(plan, work),
-        stages=[item.as_dict() | {"planned_bytes": planned.get(item.name)} for item in stages],
+        stages=[item.as_dict() | {"planned_bytes": planned[item.name]} for item in stages],
         run={
             "command": request.command,
             "versions": {**versions(), "python": sys.version.split()[0], "lm_eval": version("lm_eval")},

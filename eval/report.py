@@ -79,7 +79,7 @@ def card(report: dict[str, Any], table: str | None) -> str:
         else "no calibration text (data-free)"
     )
     stages = "\n".join(
-        f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} | {(s['planned_bytes'] or 0) / 1e6:.0f} |"
+        f"| {s['stage']} | {s['seconds']:.1f} | {s['peak_bytes'] / 1e6:.0f} | {s['planned_bytes'] / 1e6:.0f} |"
         for s in report["stages"]
     )
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
