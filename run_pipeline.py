@@ -168,6 +168,13 @@ def _terminated(*_: object) -> None:
     raise Terminated
 
 
+def of_process() -> str:
+    """Which of several processes speaks, if it is not the main one."""
+    from checkpoint import processes
+
+    return "" if processes.is_main() else f" (process {processes.index()})"
+
+
 def out_of_memory(problem: BaseException) -> bool:
     """Whether the system gave no more memory, to Python or to torch."""
     return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "allocate memory" in str(problem))
@@ -197,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options, shlex.join(["python", "run_pipeline.py", *given]))
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {problem}{of_process()}", file=sys.stderr)
         return 2
     except OSError as problem:
         if problem.errno not in DISK:

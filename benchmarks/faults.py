@@ -168,10 +168,10 @@ def suite(directory: Path, names: list[str], every: int) -> Iterator[tuple[str, 
     import torch
     import zoo
 
-    from compress import pipeline
+    from compress import children
 
     torch.set_num_threads(1)  # a forked child has no threads but its own
-    pipeline.run_check = check_in_this_process
+    children.run_check = check_in_this_process
     text = zoo.write_text(directory / "text.txt", 3000)
     for name in names:
         architecture, more = RUNS[name]

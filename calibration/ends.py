@@ -14,6 +14,7 @@ from calibration.labels import logit_tokens
 from calibration.moments import add_gram
 from calibration.structure import Linear
 from calibration.sweep import Sweep
+from checkpoint import processes
 
 HEAD_TOKENS = 4096  # on which the head is run once a candidate
 END_ROWS = 8192  # of an embedding or a head that are rounded at a time
@@ -22,7 +23,7 @@ END_ROWS = 8192  # of an embedding or a head that are rounded at a time
 def _last_outputs(sweep: Sweep) -> Iterator[torch.Tensor]:
     """Outputs ``(1, tokens, width)`` of the last layer, ``HEAD_TOKENS`` in all, as many at a time as their logits allow."""
     chunk = logit_tokens(sweep.source.config.get_text_config().vocab_size)
-    windows = max(1, min(HEAD_TOKENS // sweep.ids.shape[1], len(sweep.ids)))
+    windows = max(1, min(HEAD_TOKENS // sweep.ids.shape[1], sweep.windows))
     for hidden in sweep.inputs(len(sweep.structure.layers), windows):
         for window in hidden:  # a chunk is never longer than a window: there may be no positions for more
             yield from window[None].split(chunk, dim=1)
@@ -33,7 +34,7 @@ def head_moment(sweep: Sweep) -> tuple[torch.Tensor, float]:
     """``E[h h^T]`` of the head's inputs ``(width, width)``, and ``E[1 - sum p^2]``: how much of a row's change reaches the loss."""
     module = sweep.source.model.get_output_embeddings()
     total = torch.zeros(module.weight.shape[1], module.weight.shape[1])
-    doubt, tokens = 0.0, 0
+    doubt, tokens = 0.0, 0.0
     handle = module.register_forward_pre_hook(lambda _, args: add_gram(total, args[0].flatten(0, -2)))
     try:
         with sweep.source.loaded(sweep.structure.back):
@@ -43,13 +44,15 @@ def head_moment(sweep: Sweep) -> tuple[torch.Tensor, float]:
                 tokens += len(probabilities)
     finally:
         handle.remove()
+    processes.add_up([total])
+    doubt, tokens = processes.added_up([doubt, tokens])
     return total / tokens, doubt / tokens
 
 
 @torch.no_grad()
 def head_divergence(sweep: Sweep, weights: Mapping[str, torch.Tensor]) -> float:
     """KL(dense || changed) with other weights, by parameter name, in the head alone."""
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     with sweep.source.loaded(sweep.structure.back):
         for hidden in _last_outputs(sweep):
             dense = sweep.replay.head(hidden)[0].float().log_softmax(-1)
@@ -57,17 +60,20 @@ def head_divergence(sweep: Sweep, weights: Mapping[str, torch.Tensor]) -> float:
                 changed = sweep.replay.head(hidden)[0].float().log_softmax(-1)
             total += float((dense.exp() * (dense - changed)).sum())
             tokens += len(dense)
+    total, tokens = processes.added_up([total, tokens])
     return total / tokens
 
 
 def embedding_moment(sweep: Sweep, windows: int) -> torch.Tensor:
     """``E[g g^T]`` of the loss gradient at the first layer's input ``(width, width)``."""
-    total, tokens = torch.empty(0), 0
+    total, tokens = torch.empty(0), 0.0
     for gradient in sweep.gradients(0, windows):
         rows = gradient.flatten(0, 1)
         total = total if tokens else torch.zeros(rows.shape[1], rows.shape[1])
         add_gram(total, rows)
         tokens += len(rows)
+    processes.add_up([total])
+    (tokens,) = processes.added_up([tokens])
     return total / tokens
 
 
@@ -80,7 +86,8 @@ def embedding_loss(sweep: Sweep, weights: Mapping[str, torch.Tensor], windows: i
             after = sweep.replay.embed(sweep.ids[first : first + len(gradient)])
             total += float((gradient.float() * (after.float() - before.float())).sum(-1).square().sum())
             first += len(gradient)
-    return total / (first * sweep.ids.shape[1]) / 2
+    total, seen = processes.added_up([total, first * sweep.ids.shape[1]])
+    return total / seen / 2
 
 
 def roles_of(sweep: Sweep, end: Linear) -> tuple[bool, bool]:

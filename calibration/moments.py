@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from checkpoint import processes
+
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
 TINY = torch.finfo(torch.float32).tiny
@@ -150,8 +152,8 @@ class Rows:
         self._used += len(rows)
 
     def kept(self) -> torch.Tensor | None:
-        """All rows, or None if there was none."""
-        return None if self._block is None else self._block[: self._used]
+        """All rows, of all processes, or None if there was none."""
+        return None if self._block is None else processes.rows_of_all(self._block[: self._used])
 
 
 def moment_bytes(
@@ -184,11 +186,11 @@ class GroupCollector:
     ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
     ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient`` (on the smaller side),
     ``output_gradient`` (at the output, whichever side is smaller), ``weighted``, ``row_fisher`` and ``samples``, which keeps
-    about ``samples`` tokens in all.
+    ``samples`` tokens of every batch, drawn by the batch's number in ``batches``. Of several processes each sees some batches.
     """
 
     def __init__(
-        self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples: int = 0, batches: int = 1
+        self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples: int = 0, batches: range = range(0)
     ) -> None:
         self._sizes = sizes
         self._first = next(iter(sizes))
@@ -219,11 +221,11 @@ class GroupCollector:
             for name, (d_out, d_in) in sizes.items()
             if "output_gradient" in needs or ("gradient" in needs and d_out <= d_in)
         }
-        self._per_batch = -(-samples // batches) if "samples" in needs else 0
-        self._batches = 0
+        self._per_batch = samples if "samples" in needs else 0
+        self._batches = iter(batches)
         self._picked = torch.empty(0, dtype=torch.int64)
-        self._input_samples = Rows(self._per_batch * batches)
-        self._gradient_samples = {name: Rows(self._per_batch * batches) for name in sizes}
+        self._input_samples = Rows(self._per_batch * len(batches))
+        self._gradient_samples = {name: Rows(self._per_batch * len(batches)) for name in sizes}
         self._watched = list(sizes) if needs & OF_GRADIENTS else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
         self._gradient_power = dict.fromkeys(self._watched, 0.0)
@@ -283,8 +285,7 @@ class GroupCollector:
 
         That token's activations are often enormous, and ten times too many of it would rule the samples.
         """
-        generator = torch.Generator().manual_seed(self._batches)
-        self._batches += 1
+        generator = torch.Generator().manual_seed(next(self._batches))
         return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values
 
     @torch.no_grad()
@@ -311,8 +312,27 @@ class GroupCollector:
         add_gram(total, self._rows * weights.sqrt().to(self._rows.dtype).unsqueeze(1))
         self._weights += float(weights.sum())
 
+    def _add_up(self) -> None:
+        """Sums of this process to sums of all."""
+        squares = [total for total in (self._input, self._weighted) if total is not None]
+        by_name = (self._outputs, self._pulled, self._gradients, self._row_fisher)
+        channels = [total for _, total in self._of_channels.values()]
+        processes.add_up(squares + channels + [total for totals in by_name for total in totals.values()])
+        counts = [
+            self._tokens,
+            self._power,
+            self._weights,
+            *self._gradient_tokens.values(),
+            *self._gradient_power.values(),
+        ]
+        tokens, self._power, self._weights, *rest = processes.added_up(counts)
+        self._tokens = int(tokens)
+        self._gradient_tokens = dict(zip(self._watched, map(int, rest), strict=False))
+        self._gradient_power = dict(zip(self._watched, rest[len(self._watched) :], strict=True))
+
     def moments(self) -> dict[str, Moments]:
         """Per linear of the group; members share the tensors of the input side. To be asked once: sums become means in place."""
+        self._add_up()
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input.div_(count)
         weighted = None if self._weighted is None else self._weighted.div_(max(self._weights, TINY))

@@ -22,6 +22,7 @@ from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
 from calibration.structure import Group, Stop, Structure
 from calibration.windows import Windows
+from checkpoint import processes
 from checkpoint.files import fsync_directory
 from checkpoint.source import Source
 
@@ -33,15 +34,22 @@ class Sweep:
 
     Files ``0000.bin`` ... hold each layer's input. ``micro_batch`` windows run at a time: a function of
     the flags alone, never of free memory, so that the same flags give the same bytes.
+
+    Of several processes each has some of the ``windows``, with the ``numbers`` that they have among all, and its own files; sums
+    are over all processes. Where a method takes a number of windows it is that of the first among all.
     """
 
     def __init__(
         self, source: Source, structure: Structure, windows: Windows, directory: Path, micro_batch: int
     ) -> None:
-        self.source, self.structure, self.ids = source, structure, windows.ids
+        self.source, self.structure, self.windows = source, structure, len(windows.ids)
+        self.numbers = processes.own_batches(self.windows, micro_batch)
+        self.ids = windows.ids[self.numbers]
         self._directory, self._micro_batch = directory, micro_batch
+        if processes.count() > 1:
+            self._directory = directory.with_name(f"{directory.name}-{processes.index()}")
         self.replay = Replay(source, structure, windows.ids.shape[1])
-        directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
         """The file of layer ``index``'s input; complete if it exists."""
@@ -110,7 +118,8 @@ class Sweep:
                     with exact_bfloat16_products(z.dtype):
                         target_inner.addmm_(y.float().T, z.float())
                     add_gram(inner_inner, z)
-        tokens = self.ids.numel()
+        processes.add_up([total for pair in sums.values() for total in pair])
+        tokens = self.windows * self.ids.shape[1]
         return {name: Cross(one / tokens, other / tokens) for name, (one, other) in sums.items()}
 
     def _input_of(self, open_layer: OpenLayer, linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -131,7 +140,12 @@ class Sweep:
         return caught[0]
 
     def _collectors(
-        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], samples: int = 0, batches: int = 1
+        self,
+        open_layer: OpenLayer,
+        groups: Iterable[Group],
+        needs: frozenset[str],
+        samples: int = 0,
+        batches: range = range(0),
     ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
         """A collector for each group, and the hooks that feed them."""
         collectors: list[GroupCollector] = []
@@ -194,18 +208,20 @@ class Sweep:
             for first, count in self._batches(0, len(self.ids)):
                 x, y = before.read(first, count).float(), after.read(first, count).float()
                 total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
-        return 1.0 - total / self.ids.numel()
+        (total,) = processes.added_up([total])
+        return 1.0 - total / (self.windows * self.ids.shape[1])
 
     def inputs(self, index: int, windows: int) -> Iterator[torch.Tensor]:
-        """Stored inputs of layer ``index`` (after the last: its output) of the first ``windows`` windows, by micro-batch."""
+        """Stored inputs of layer ``index`` (after the last: its output) of this process's first windows, by micro-batch."""
         with self._open(self.path(index)) as states:
-            for first, count in self._batches(0, windows):
+            for first, count in self._batches(0, self._own(windows)):
                 yield states.read(first, count)
 
     def gradients(self, index: int, windows: int) -> Iterator[torch.Tensor]:
-        """Stored gradients at the input of layer ``index`` for all ``windows`` windows that go backward, by micro-batch."""
-        with self._open(self.gradient_path(index), windows) as states:
-            for first, count in self._batches(0, windows):
+        """Stored gradients at the input of layer ``index`` for this process's windows that go backward, by micro-batch."""
+        own = self._own(windows)
+        with self._open(self.gradient_path(index), own) as states:
+            for first, count in self._batches(0, own):
                 yield states.read(first, count)
 
     def forget(self, index: int) -> None:
@@ -231,7 +247,7 @@ class Sweep:
             if fisher == "empirical":
                 following = next_tokens(self.ids[window])
                 return lambda _, first, last: following[first:last]
-            drawn = uniforms(seed, window, length)
+            drawn = uniforms(seed, int(self.numbers[window]), length)
             return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
 
         with self.source.loaded(self.structure.back), self._open(self.path(index)) as states:
@@ -242,7 +258,7 @@ class Sweep:
                 rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
                 return torch.stack(rows)
 
-            self._produce(self.gradient_path(index), gradients, windows)
+            self._produce(self.gradient_path(index), gradients, self._own(windows))
 
     def collect_backward(
         self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], windows: int
@@ -253,14 +269,15 @@ class Sweep:
 
         The first ``windows`` windows go backward; the others only add to the moments of the activations.
         """
-        index = open_layer.layer.index
-        batches = -(-windows // self._micro_batch)
-        collectors, handles = self._collectors(open_layer, groups, needs, SAMPLES, batches)
+        index, own = open_layer.layer.index, self._own(windows)
+        samples = -(-SAMPLES // -(-windows // self._micro_batch))
+        mine = range(processes.index(), -(-windows // self._micro_batch), processes.count())
+        collectors, handles = self._collectors(open_layer, groups, needs, samples, mine)
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)
             states = stack.enter_context(self._open(self.path(index)))
-            above = stack.enter_context(self._open(self.gradient_path(index + 1), windows))
+            above = stack.enter_context(self._open(self.gradient_path(index + 1), own))
 
             def backward(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count).clone().requires_grad_(True)
@@ -268,9 +285,9 @@ class Sweep:
                     output = self.replay.run_layer(index, hidden)
                 return torch.autograd.grad(output, hidden, above.read(first, count))[0]
 
-            self._produce(self.gradient_path(index), backward, windows)
+            self._produce(self.gradient_path(index), backward, own)
             with torch.no_grad():
-                for first, count in self._batches(windows, len(self.ids)):
+                for first, count in self._batches(own, len(self.ids)):
                     self.replay.run_layer(index, states.read(first, count))
         return {name: moments for collector in collectors for name, moments in collector.moments().items()}
 
@@ -286,6 +303,10 @@ class Sweep:
                     self.replay.run_layer(index, states.read(first, count))
                 except Stop:
                     continue
+
+    def _own(self, windows: int) -> int:
+        """How many of the first ``windows`` windows are this process's."""
+        return int((self.numbers < windows).sum())
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Micro-batches ``(first window, count)`` of the windows from ``first`` to ``last``."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import processes
 from checkpoint.files import fsync_directory, write_json
 from checkpoint.forms import Grid
 from checkpoint.sink import Replacement, ShardWriter, copy_companions
@@ -47,20 +48,24 @@ def write_adapter(source: Source, replaced: Mapping[str, Replacement], directory
         ]
         return [*packed, Entry(f"{prefix}weight_shape", torch.int64, (2,))]
 
+    writer = ShardWriter(directory, [entry for item in source.used_tensors() for entry in entries(item)])
+
     def tensors() -> Iterator[torch.Tensor]:
         for item in source.used_tensors():
-            if item.key not in by_key:
+            due = [entry.name for entry in entries(item) if entry.name in writer.own]
+            if due and item.key not in by_key:
                 yield source.read(item)
-                continue
-            part = by_key[item.key].part()
-            yield from (tensor for name, tensor in part.tensors().items() if name not in FACTORS)
-            yield torch.tensor(part.shape)
+            elif due:
+                part, prefix = by_key[item.key].part(), item.key.removesuffix("weight")
+                made = {f"{prefix}{name}": tensor for name, tensor in part.tensors().items()}
+                made[f"{prefix}weight_shape"] = torch.tensor(part.shape)
+                yield from (made[name] for name in due)
 
-    total = ShardWriter(directory, [entry for item in source.used_tensors() for entry in entries(item)]).write(
-        tensors()
-    )
+    total = writer.write(tensors())
     if corrected:
         total += _write_corrections(source, corrected, directory)
+    if not processes.is_main():
+        return total
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     write_json(
         directory / "config.json", config | {"quantization_config": _quantization(replaced, grids, bool(corrected))}
@@ -80,12 +85,16 @@ def _write_corrections(source: Source, corrected: Mapping[str, Replacement], dir
         if name in FACTORS
     ]
 
+    writer = ShardWriter(directory, entries, "adapter_model")
+
     def tensors() -> Iterator[torch.Tensor]:
-        for item in corrected.values():
+        for item in corrected.values() if writer.own else ():
             stored = item.part().tensors()
             yield from (stored[name] for name in FACTORS)
 
-    total = ShardWriter(directory, entries, "adapter_model").write(tensors())
+    total = writer.write(tensors())
+    if not processes.is_main():
+        return total
     ranks = {path: item.spec.rank for path, item in corrected.items()}
     largest = max(ranks.values())
     configuration = {

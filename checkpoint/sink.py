@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from checkpoint import modeling_template
+from checkpoint import modeling_template, processes
 from checkpoint.files import fsync_directory, write_json, write_text
 from checkpoint.forms import FORMS, Part, Spec
 from checkpoint.shards import INDEX, as_bytes
@@ -44,7 +44,10 @@ class Replacement:
 
 
 class ShardWriter:
-    """Writes safetensors files of at most ``SHARD_BYTES``: header first, then tensor after tensor."""
+    """Writes safetensors files of at most ``SHARD_BYTES``: header first, then tensor after tensor.
+
+    Of several processes each writes some of the files; ``own`` has the names of the tensors in them.
+    """
 
     def __init__(self, directory: Path, entries: list[Entry], stem: str = "model") -> None:
         self._directory = directory
@@ -59,15 +62,16 @@ class ShardWriter:
             if count == 1
             else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
+        self._mine = slice(processes.index(), None, processes.count())
+        self.own = {entry.name for shard in self._shards[self._mine] for entry in shard}
 
     def write(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Write all entries from ``tensors``, which yields them in order; returns the bytes of data.
+        """Write the own entries from ``tensors``, which yields them in order; returns the bytes of data of all files.
 
         Raises ValueError if a tensor is not what its entry said.
         """
         stream = iter(tensors)
-        total = 0
-        for name, entries in zip(self._names, self._shards, strict=True):
+        for name, entries in zip(self._names[self._mine], self._shards[self._mine], strict=True):
             with (self._directory / name).open("wb") as file:
                 file.write(header(entries, {"format": "pt"}))
                 for entry in entries:
@@ -77,10 +81,10 @@ class ShardWriter:
                             f"{entry.name} was to be {entry.dtype} {entry.shape}, is {tensor.dtype} {tuple(tensor.shape)}"
                         )
                     file.write(as_bytes(tensor))
-                    total += entry.nbytes
                 file.flush()
                 os.fsync(file.fileno())
-        if len(self._names) > 1:
+        total = sum(entry.nbytes for shard in self._shards for entry in shard)
+        if len(self._names) > 1 and processes.is_main():
             where = {
                 entry.name: name for name, entries in zip(self._names, self._shards, strict=True) for entry in entries
             }
@@ -104,13 +108,20 @@ def write_factored(
     for unit in units(source, layer_paths):
         names = [name for name in source.parameter_names([unit]) if name not in source.tied]
         plan.append((unit, [(name, _entries(source, name, replaced)) for name in names]))
+    writer = ShardWriter(
+        directory, [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
+    )
+
+    def own(entries: dict[str, Entry]) -> dict[str, Entry]:
+        return {role: entry for role, entry in entries.items() if entry.name in writer.own}
 
     def tensors() -> Iterator[torch.Tensor]:
-        for unit, parameters in plan:
+        for unit, every in plan:
+            parameters = [(name, own(entries)) for name, entries in every if own(entries)]
+            if not parameters:
+                continue
             with source.loaded([unit], keep_source_dtype=True):
                 for name, entries in parameters:
-                    if not entries:
-                        continue
                     if list(entries) == [PLAIN]:
                         yield source.tensor(name).detach()
                     else:
@@ -124,11 +135,11 @@ def write_factored(
                             else:
                                 yield stored[role]
 
-    every = [entry for _, parameters in plan for _, entries in parameters for entry in entries.values()]
-    total = ShardWriter(directory, every).write(tensors())
-    _write_factored_config(source, replaced, directory, runtime)
-    copy_companions(source.directory, directory)
-    fsync_directory(directory)
+    total = writer.write(tensors())
+    if processes.is_main():
+        _write_factored_config(source, replaced, directory, runtime)
+        copy_companions(source.directory, directory)
+        fsync_directory(directory)
     return total
 
 
@@ -227,8 +238,11 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
             shape = (biases[item.key].bias or 0,)
         return Entry(numbering.key(item.key) or "", item.dtype, shape)
 
+    entries = [entry(item) for item in stored]
+    writer = ShardWriter(directory, entries)
+
     def tensors() -> Iterator[torch.Tensor]:
-        for item in stored:
+        for item in (item for item, due in zip(stored, entries, strict=True) if due.name in writer.own):
             if item.key in biases:
                 yield cast(torch.Tensor, biases[item.key].part().bias(source.read(item))).to(item.dtype)
             elif item.key in by_key:
@@ -237,7 +251,9 @@ def write_dense(source: Source, replaced: dict[str, Replacement], directory: Pat
             else:
                 yield source.read(item)
 
-    total = ShardWriter(directory, [entry(item) for item in stored]).write(tensors())
+    total = writer.write(tensors())
+    if not processes.is_main():
+        return total
     kept = {item.spec.rank for item in replaced.values() if item.spec.form == "input-channels"}
     config = numbering.config() if removed else pruned_config(source, kept)
     if config is None:

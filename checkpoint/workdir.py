@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.files import publish, write_json
 from checkpoint.tensorfile import write_tensors
@@ -25,11 +26,17 @@ class WorkDirectory:
 
     Opening takes a lock that dies with the process. Raises UserError if another process holds it, if the
     directory is not ours, or if it was made from other weights, text or settings (naming what differs).
+    Of several processes that share a job the main one does all that; the others only read.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], fresh: bool) -> None:
         self.path = path
-        recorded = path / FINGERPRINT
+        if processes.is_main():
+            self._take(path / FINGERPRINT, fingerprint, fresh)
+        processes.wait()
+
+    def _take(self, recorded: Path, fingerprint: Mapping[str, Any], fresh: bool) -> None:
+        path = self.path
         if path.exists() and not recorded.is_file() and any(item.name != "lock" for item in path.iterdir()):
             raise UserError(f"{path} exists and is not a layerpress work directory; name another with --work-dir")
         path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +115,8 @@ class WorkDirectory:
 
     def close(self) -> None:
         """Release the lock; the records stay."""
-        self._lock.close()
+        if processes.is_main():
+            self._lock.close()
 
 
 def free_bytes(path: Path) -> int:

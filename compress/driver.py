@@ -3,11 +3,14 @@
 Three ways through the model, each durable after every layer: forward (one-shot, from the dense model's inputs), backward (where
 the loss gradient is needed), and a walk that installs what it compressed, so that later groups of the same layer and all
 later layers see it.
+
+Several processes (checkpoint/processes.py) share a layer twice: each runs some windows through it, and, when the moments are
+added up, each decomposes some of its matrices. The main one records what all have found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +22,7 @@ from calibration.roles import CONSUMER, PRODUCERS
 from calibration.structure import Group, Linear
 from calibration.sweep import Sweep
 from calibration.windows import Windows
+from checkpoint import processes
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
@@ -51,12 +55,13 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
         if "sensitivity" in ALLOCATIONS[plan.recipe.allocation].reads:
             assert windows is not None
             stages.append(search(plan, windows, work))
-        collected = read_collected(plan, work, DENSE_STAGE, tokens)
+        collected = processes.of_main(lambda: read_collected(plan, work, DENSE_STAGE, tokens))
         if reads:
             plan = plan.with_choices(collected)
     if plan.recipe.walks:
         stages.append(_walk(plan, windows, work))
-        collected = read_collected(plan, work, stage_name(plan), tokens)
+        walked = plan
+        collected = processes.of_main(lambda: read_collected(walked, work, stage_name(walked), tokens))
     return plan, collected, stages
 
 
@@ -69,9 +74,26 @@ def _add_menus(
     notes: dict[str, Any],
 ) -> None:
     """Add what the linears of some groups of a layer may become to its record; their ``moments`` are used up."""
-    more = whole_menu(plan, open_layer, [linear for group in groups for linear in group.linears], moments)
-    tensors |= more[0]
-    notes |= more[1]
+    own = _own_linears(linear for group in groups for linear in group.linears)
+    for other in moments.keys() - {linear.local for linear in own}:
+        del moments[other]
+    more = whole_menu(plan, open_layer, own, moments)
+    tensors |= processes.united(more[0])
+    notes |= processes.notes_of_all(more[1])
+
+
+def _own_linears(linears: Iterable[Linear]) -> list[Linear]:
+    """Those that this process decomposes: a decomposition's work grows with the cube of the smaller side."""
+    return processes.own_share(list(linears), lambda item: item.d_out * item.d_in * min(item.d_out, item.d_in))
+
+
+def _record(
+    work: WorkDirectory, stage: str, index: int, tensors: dict[str, torch.Tensor], notes: Mapping[str, Any]
+) -> None:
+    """Record a layer: the main process does. When this returns all may forget what the layer was made from."""
+    if processes.is_main():
+        work.put(stage, index, tensors, notes)
+    processes.wait()
 
 
 def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
@@ -81,7 +103,7 @@ def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Swee
 def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
     """Make every linear's menu from the statistics of the dense model's inputs (or without any text)."""
     layers = plan.structure.layers
-    done = work.leading(DENSE_STAGE, len(layers))
+    done = processes.of_main(lambda: work.leading(DENSE_STAGE, len(layers)))
     sweep = _sweep(plan, windows, work, DENSE_STAGE) if windows else None
     with Stage("decomposing", len(layers)) as stage:
         stage.step(done)
@@ -97,7 +119,7 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
                         ends = groups is runs[-1] and layer is not layers[-1]
                         moments = sweep.collect(open_layer, groups, plan.recipe.needs, advance=ends)
                     _add_menus(plan, open_layer, groups, moments, tensors, notes)
-            work.put(DENSE_STAGE, layer.index, tensors, notes)
+            _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if sweep:
                 sweep.forget(layer.index)
@@ -111,7 +133,7 @@ def _influence(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list
     """How much every layer turns the hidden states; nothing is decomposed."""
     assert windows is not None
     layers = plan.structure.layers
-    done = work.leading(DENSE_STAGE, len(layers))
+    done = processes.of_main(lambda: work.leading(DENSE_STAGE, len(layers)))
     sweep = _sweep(plan, windows, work, DENSE_STAGE)
     with Stage("block influence", len(layers)) as stage:
         stage.step(done)
@@ -120,7 +142,7 @@ def _influence(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list
         for layer in layers[done:]:
             with opened(plan.source, layer) as open_layer:
                 sweep.advance(open_layer)
-            work.put(DENSE_STAGE, layer.index, {"influence": torch.tensor(sweep.turning(layer.index))}, {})
+            _record(work, DENSE_STAGE, layer.index, {"influence": torch.tensor(sweep.turning(layer.index))}, {})
             sweep.forget(layer.index)
             stage.step()
         sweep.close()
@@ -132,7 +154,8 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
     assert windows is not None
     layers, recipe = plan.structure.layers, plan.recipe
     sweep = _sweep(plan, windows, work, DENSE_STAGE)
-    waiting = [layer for layer in reversed(layers) if not work.done(DENSE_STAGE, layer.index)]
+    recorded = processes.of_main(lambda: {layer.index for layer in layers if work.done(DENSE_STAGE, layer.index)})
+    waiting = [layer for layer in reversed(layers) if layer.index not in recorded]
     with Stage("forward", len(layers)) as forward:
         if len(waiting) == len(layers):
             sweep.embed()
@@ -155,7 +178,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
                 for groups in in_passes(layer.groups, recipe, plan.passes):
                     moments = sweep.collect_backward(open_layer, groups, recipe.needs, recipe.gradient_windows)
                     _add_menus(plan, open_layer, groups, moments, tensors, notes)
-            work.put(DENSE_STAGE, layer.index, tensors, notes)
+            _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees
                 sweep.forget(layer.index + 1)
@@ -163,8 +186,8 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
     stages = [forward, head, backward]
     if recipe.packs_ends:
         with Stage("ends", 1, "embedding and head") as ends:
-            if not work.done(DENSE_STAGE, len(layers)):
-                work.put(DENSE_STAGE, len(layers), *end_menus(plan, sweep))
+            if not processes.of_main(lambda: work.done(DENSE_STAGE, len(layers))):
+                _record(work, DENSE_STAGE, len(layers), *end_menus(plan, sweep))
             ends.step()
         stages.append(ends)
     sweep.close()
@@ -175,7 +198,7 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
     """Compress group after group as the plan says, each seeing what was compressed before it."""
     assert windows is not None
     layers, name = plan.structure.layers, stage_name(plan)
-    done = work.leading(name, len(layers))
+    done = processes.of_main(lambda: work.leading(name, len(layers)))
     sweep = _sweep(plan, windows, work, name)
     dense = _sweep(plan, windows, work, f"dense-{name}") if plan.recipe.refit == "anchored" else None
     sweeps = [item for item in (sweep, dense) if item]
@@ -196,7 +219,7 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
                     if dense:
                         open_layer.restore()
                         dense.advance(open_layer)
-            work.put(name, layer.index, tensors, notes)
+            _record(work, name, layer.index, tensors, notes)
             for item in sweeps:
                 item.forget(layer.index)
             stage.step()
@@ -227,23 +250,32 @@ def _walk_groups(
         moments = sweeps[0].collect(open_layer, groups, needs, advance=False)
         release_memory()
         kept = _kept_channels(plan, open_layer, moments) if pruning else None
+    own = linears if ready is not None else _own_linears(linears)
     found: dict[str, Factors | Channels] = {}
     tensors: dict[str, torch.Tensor] = {}
+    own_notes: dict[str, Any] = {}
     for linear, spec in linears.items():
-        with noted(notes, linear):
-            if spec.weight is not None:
+        pruned = kept is not None and recipe.storage.prunes(linear)
+        if not pruned and linear not in own:
+            continue
+        with noted(own_notes, linear):
+            if pruned and kept is not None:
+                found[linear.local] = _pruned(plan, open_layer, linear, kept)
+            elif spec.weight is not None:
                 of_linear = moments.get(linear.local, EMPTY)
                 (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})
                 loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
                 loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
                 loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
                 tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
-            elif kept is not None and recipe.storage.prunes(linear):
-                found[linear.local] = _pruned(plan, open_layer, linear, kept)
             elif ready is None:
                 found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], spec.rank)
             else:
                 found[linear.local] = from_record(ready, linear).first(spec.rank)
+    if ready is None:
+        tensors, found = processes.united(tensors), found | _factors_of_all(found)
+        own_notes = processes.notes_of_all(own_notes)
+    notes |= own_notes
     for group in groups if recipe.refit != "none" else []:
         _refit_group(plan, open_layer, group, found, sweeps)
     for linear, spec in linears.items():
@@ -251,6 +283,24 @@ def _walk_groups(
             tensors |= to_record(found[linear.local], linear)
         install(plan, open_layer, linear, part_of(tensors, linear, spec))
     return tensors
+
+
+def _factors_of_all(found: Mapping[str, Factors | Channels]) -> dict[str, Factors | Channels]:
+    """The factors that each process has found, in all of them."""
+    tensors = processes.united(
+        {
+            f"{name}.{field}": value
+            for name, item in found.items()
+            if isinstance(item, Factors)
+            for field, value in vars(item).items()
+            if value is not None
+        }
+    )
+    fields: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(tensors):
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = tensors[key]
+    return {name: Factors(**of_linear) for name, of_linear in fields.items()}
 
 
 def _refit_group(

@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,31 +16,30 @@ from typing import Any
 import torch
 
 from calibration.windows import Windows, make_windows
+from checkpoint import processes
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
-from checkpoint.tensorfile import write_tensors
 from checkpoint.workdir import WorkDirectory
 from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
+from compress.children import check_written, evaluate
 from compress.footprint import within
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
 from compress.records import RECORDS
 from eval.compare import COMPARISON, write_comparison
-from eval.report import REPORT, add_evaluation, write_report
+from eval.report import REPORT, write_report
 from eval.spectra import write_spectra
 
 OFFLINE = "offline"
 # calibration texts that come as a package: what eval.offline makes, and the file in it
 OFFLINE_TEXTS = {OFFLINE: ("texts", "boolq-train.txt"), "offline-tasks": ("task-texts", "tasks-train.txt")}
-CHECK_TOKENS = 16
-CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
 # fields of the recipe that change the recorded factors; the others change what is cut from them
 COLLECTED = (
     "decomposition",
@@ -68,7 +65,6 @@ COLLECTED = (
     "micro_batch_tokens",
     "seed",
 )
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,8 @@ def run(request: Request) -> None:
     """Do what was asked; raises UserError for what the user can mend."""
     started = time.monotonic()
     keep_large_blocks_apart()
-    directory = offline_model() if request.model == OFFLINE else resolve_model(request.model)
+    processes.join()
+    directory = processes.of_main(lambda: offline_model() if request.model == OFFLINE else resolve_model(request.model))
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
     recipe, passes = within(source, structure, request.recipe, request.memory_limit)
     plans = [make_plan(source, structure, recipe, ratio, reason, passes) for ratio in request.ratios]
@@ -110,10 +107,11 @@ def run(request: Request) -> None:
     if request.dry_run:
         return
     with Stage("tokenising", 1, "text") as tokenising:
-        windows = calibration_windows(source, recipe)
+        windows = processes.of_main(lambda: calibration_windows(source, recipe))
         tokenising.step()
+    check_processes(recipe, windows)
     with Stage("verifying weights", 1, "checkpoint") as verifying:
-        weights = verify_weights({item.key: item for item in source.used_tensors()})
+        weights = processes.of_main(lambda: verify_weights({item.key: item for item in source.used_tensors()}))
         verifying.step()
     fingerprint = make_fingerprint(source, recipe, windows, weights)
     work = None
@@ -128,13 +126,32 @@ def run(request: Request) -> None:
                     work = WorkDirectory(request.work_dir, fingerprint, request.fresh)
                 stages = [tokenising, verifying]
                 produce(plan, windows, work, output, identity, request, stages, started)
+                processes.wait()
             evaluate(plan, output)
-        if len(plans) > 1:
+        if len(plans) > 1 and processes.is_main():
             print(write_comparison(request.output, [output_for(request, plan.ratio) for plan in plans]))
             say(f"compared in {request.output / COMPARISON}")
     finally:
         if work is not None:
             work.close()
+    processes.leave()
+
+
+def check_processes(recipe: Recipe, windows: Windows | None) -> None:
+    """Refuse more processes than the text has micro-batches for, and what is not shared out among several."""
+    count = processes.count()
+    if count == 1:
+        return
+    if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:
+        raise UserError(f"recipe {recipe.name} searches, which one process does alone; start it without a launcher")
+    if windows is not None:
+        seen = min(len(windows.ids), recipe.gradient_windows) if recipe.backward else len(windows.ids)
+        batches = -(-seen // recipe.micro_batch)
+        if batches < count:
+            raise UserError(
+                f"{seen} windows in micro-batches of {recipe.micro_batch} are work for {batches} processes, there are {count}; "
+                "start fewer, or give more --calibration-tokens"
+            )
 
 
 def offline_model() -> Path:
@@ -154,7 +171,11 @@ def check_output(output: Path, fresh: bool, source: Path) -> None:
 
 def already_done(output: Path, identity: dict[str, Any], fresh: bool) -> bool:
     """Whether ``output`` holds the result of this very run; UserError if of another, unless ``fresh``."""
-    if fresh or not (output / REPORT).is_file():
+    return processes.of_main(lambda: not fresh and _holds(output, identity))
+
+
+def _holds(output: Path, identity: dict[str, Any]) -> bool:
+    if not (output / REPORT).is_file():
         return False
     try:
         recorded = dict(json.loads((output / REPORT).read_text(encoding="utf-8"))["fingerprint"].items())
@@ -205,6 +226,7 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "calibration_ids_sha256": windows.provenance["token_ids_sha256"] if windows else None,
         "compute_dtype": str(source.compute_dtype),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "versions": versions(),
         "records": RECORDS,
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
@@ -245,7 +267,7 @@ def produce(
     stages: list[Stage],
     started: float,
 ) -> None:
-    """Collect what is missing, write into OUTPUT.partial, check it in a fresh process, give it its name."""
+    """Collect what is missing, write into OUTPUT.partial; then the main process checks it and gives it its name."""
     plan, collected, collecting = driver.collect(plan, windows, work)
     stages += collecting
     predicted = parts_out.predicted_loss(plan, collected)
@@ -253,11 +275,16 @@ def produce(
         size = f"{plan.sizes.achieved_ratio:.4f} of the {plan.recipe.ratio_scope}"
         say(f"predicted loss at {plan.ratio:g} ({size}): {predicted:.4f} nats per token")
     partial = output.with_name(output.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    if processes.is_main():
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    processes.wait()
     stage, written = parts_out.write(plan, work, partial)
     stages.append(stage)
+    processes.wait()  # until all shards are written
+    if not processes.is_main():
+        return
     with Stage("checking", 1, "checkpoint") as stage:
         check_peak = check_written(plan, work, partial)
         stage.step()
@@ -276,6 +303,7 @@ def produce(
             "command": request.command,
             "versions": {**versions(), "python": sys.version.split()[0], "lm_eval": version("lm_eval")},
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
             "seconds": round(time.monotonic() - started, 1),
             "bytes_written": written,
             "peak_memory_bytes": max(peak_bytes(), *(item.peak_bytes for item in stages)),
@@ -305,83 +333,3 @@ def publish_directory(partial: Path, output: Path) -> None:
     fsync_directory(output.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
-    """Load ``directory`` in a fresh process and compare logits and token ids (RuntimeError if they differ).
-
-    Returns the peak memory of that process in bytes.
-    """
-    from transformers import AutoTokenizer
-
-    vocabulary = plan.source.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
-    tokenizer = AutoTokenizer.from_pretrained(plan.source.directory)
-    text_ids = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"]
-    record = {
-        "ids": ids,
-        "logits": parts_out.expected_logits(plan, work, ids).float(),
-        "text": torch.tensor(list(CHECK_TEXT.encode()), dtype=torch.uint8),
-        "text_ids": torch.tensor(text_ids, dtype=torch.int64),
-    }
-    expected = work.path / "check.safetensors"
-    write_tensors(expected, record, {})
-    layers = plan.structure.layers[0].path.rpartition(".")[0]
-    dtype = str(plan.source.compute_dtype).removeprefix("torch.")
-    arguments = [
-        str(directory),
-        "--expected",
-        str(expected),
-        "--layers",
-        layers,
-        "--dtype",
-        dtype,
-    ]
-    if plan.recipe.export == "factored":
-        arguments.append("--trust-remote-code")
-    done = run_check(arguments)
-    if done.returncode:
-        told = done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"the written checkpoint {directory} does not load as it should: {' '.join(told)}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_bytes"])
-
-
-def run_check(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """``checkpoint.check`` in a fresh process, with nothing of this one but what it is told."""
-    return subprocess.run(
-        [sys.executable, "-m", "checkpoint.check", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=child_environment(),
-        check=False,
-    )
-
-
-def child_environment() -> dict[str, str]:
-    """The environment in which child processes find these packages from any directory."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def evaluate(plan: Plan, output: Path) -> None:
-    """Score the output beside the dense model in a process of its own; figures go into its report and card."""
-    if plan.recipe.evaluate == "none":
-        return
-    figures = output / "evaluation.json"
-    command: Sequence[str] = [
-        *(sys.executable, "-m", "eval", "--model", str(output), "--compare-with", str(plan.source.directory)),
-        *("--evaluate", plan.recipe.evaluate, "--output", str(figures)),
-        *(["--trust-remote-code"] if plan.recipe.export == "factored" else []),
-    ]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=child_environment(), check=False
-    )
-    if done.returncode == 2:
-        raise UserError(f"the checkpoint {output} is written, but it could not be evaluated: see the line above")
-    if done.returncode:
-        raise RuntimeError(
-            f"the checkpoint {output} is written, but its evaluation failed with exit code {done.returncode}"
-        )
-    add_evaluation(output, done.stdout)
-    print(done.stdout, end="", flush=True)

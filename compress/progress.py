@@ -8,14 +8,16 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from checkpoint import processes
 from checkpoint.memory import peak_bytes, restart_peak
 
 LOG_SECONDS = 30.0  # between two lines of a stage where stderr is no terminal
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, from one of the processes that share the job."""
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Stage:
@@ -26,7 +28,7 @@ class Stage:
         self.seconds = 0.0
         self.peak_bytes = 0
         self._total, self._unit = total, unit
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and processes.is_main()
 
     def __enter__(self) -> Stage:
         restart_peak()

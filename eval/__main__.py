@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.files import write_json
 from eval.quiet import quiet_libraries
@@ -81,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     settings = settings_of(options)
     try:
+        processes.join()
+        if not processes.is_main():
+            logging.getLogger("eval").setLevel(logging.WARNING)
         if options.compare_with is None:
             dense, model = None, evaluate(options.model, settings, options.trust_remote_code)
         else:
@@ -90,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130  # every figure measured so far is cached
+    main_process = processes.is_main()
+    processes.leave()
+    if not main_process:
+        return 0
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         report = {

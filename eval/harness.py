@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from checkpoint import processes
 from checkpoint.errors import UserError
 from eval.offline import ensure
 from eval.results import Metric, TaskResult
@@ -65,11 +67,17 @@ def run_task(
     )
     seconds = round(time.monotonic() - started, 2)
     offline = set(TASKS) if has_offline_copies(manager) else set()
-    return [_task_result(found, name, name in offline, seconds) for name in found["samples"]]
+    return processes.of_main(lambda: [_task_result(found, name, name in offline, seconds) for name in found["samples"]])
 
 
 class _Harness(HFLM):
-    """The stock wrapper without its progress bar, which ignores tqdm's own switch."""
+    """The stock wrapper without its progress bar, which ignores tqdm's own switch; several processes share the documents."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if processes.count() > 1:  # the wrapper looks for them only where it loads the model itself
+            self.accelerator = Accelerator(cpu=True)
+            self._rank, self._world_size = processes.index(), processes.count()
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -85,7 +93,7 @@ def _task_result(found: Any, name: str, offline: bool, seconds: float) -> TaskRe
             error = values.get(f"{metric}_stderr,{kind}")
             label = metric if kind == "none" else key
             metrics[label] = Metric(value, error if isinstance(error, float) else None)
-    samples = found["samples"][name]
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     numeric = [key for key in samples[0]["metrics"] if isinstance(samples[0][key], int | float)]
     return TaskResult(
         task=name,

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from checkpoint import processes
 from checkpoint.errors import UserError
 from eval.results import DivergenceResult, PerplexityResult
 from eval.texts import Text
@@ -42,7 +43,7 @@ def perplexity(
     """The model's perplexity on the text. UserError where the text is too short or the loss is not finite."""
     started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
-    nats = sum(_loss(_logits(model, ids), ids) for ids in windows)
+    (nats,) = processes.added_up([sum(_loss(_logits(model, ids), ids) for ids in _own(windows))])
     return _result(text, windows, nats, time.monotonic() - started)
 
 
@@ -59,7 +60,7 @@ def divergence(
     started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
     dense_nats = compressed_nats = kl_nats = 0.0
-    for ids in windows:
+    for ids in _own(windows):
         dense_logits, compressed_logits = _logits(dense, ids), _logits(compressed, ids)
         if dense_logits.shape != compressed_logits.shape:
             sizes = f"{dense_logits.shape[-1]} and {compressed_logits.shape[-1]} tokens"
@@ -67,6 +68,7 @@ def divergence(
         dense_nats += _loss(dense_logits, ids)
         compressed_nats += _loss(compressed_logits, ids)
         kl_nats += _kl(dense_logits, compressed_logits)
+    dense_nats, compressed_nats, kl_nats = processes.added_up([dense_nats, compressed_nats, kl_nats])
     seconds = time.monotonic() - started
     before = _result(text, windows, dense_nats, seconds)
     after = _result(text, windows, compressed_nats, seconds)
@@ -79,6 +81,11 @@ def divergence(
         excess_nats_per_token=after.nats_per_token - before.nats_per_token,
     )
     return before, after, measured
+
+
+def _own(windows: torch.Tensor) -> torch.Tensor:
+    """Those of the windows that this process measures, where several share them."""
+    return windows[processes.index() :: processes.count()]
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import processes
 from checkpoint.errors import UserError
 from eval.cache import FigureCache, cache_root
 from eval.harness import has_offline_copies, run_task, task_manager
@@ -62,10 +63,18 @@ class _Session:
         self.settings = settings
         self.dtype_name, self.dtype_reason = str(dtype).removeprefix("torch."), dtype_reason
         logger.info("evaluating in %s: %s", self.dtype_name, self.dtype_reason)
+        if processes.count() > 1:
+            processes.of_main(self._fetch)
         self.texts = [load_text(name) for name in settings.texts]
         self.manager = task_manager(settings.tasks, settings.online)
         self.versions = {name: version(name) for name in _LIBRARIES}
         self.cache = FigureCache(cache_root() / "evaluations")
+
+    def _fetch(self) -> None:
+        """Bring what is not in the user's cache yet, once for all processes."""
+        for name in self.settings.texts:
+            load_text(name)
+        task_manager(self.settings.tasks, self.settings.online)
 
     def perplexity(self, subject: Subject, text: Text) -> PerplexityResult:
         def measure() -> list[Any]:
@@ -123,11 +132,11 @@ class _Session:
     ) -> tuple[list[Any], dict[str, bool]]:
         """The figures filed under ``keys``, or all measured and filed now; and how to mark them."""
         started = time.monotonic()
-        found = [self.cache.get(key) for key in keys]
+        found = processes.of_main(lambda: [self.cache.get(key) for key in keys])
         cached = None not in found
         if not cached:
             found = measure()
-            for key, figure in zip(keys, found, strict=True):
+            for key, figure in zip(keys, found, strict=True) if processes.is_main() else ():
                 self.cache.put(key, figure)
         logger.info("%s: %s", what, "measured before" if cached else f"{time.monotonic() - started:.1f} s")
         return found, {"cached": cached}
@@ -157,12 +166,15 @@ class _Session:
 
     def _key(self, kind: str, *subjects: Subject) -> dict[str, Any]:
         models = [subject.fingerprint for subject in subjects]
+        # documents that are shared out are batched otherwise, which changes last bits
+        shared = {"processes": processes.count()} if processes.count() > 1 else {}
         return {
             "protocol": _PROTOCOL,
             "kind": kind,
             "models": models,
             "dtype": self.dtype_name,
             **self.versions,
+            **shared,
         }
 
     def _text_key(self, kind: str, text: Text, *subjects: Subject) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import zoo  # noqa: E402
 from faults import check_in_this_process  # noqa: E402
 
-from compress import pipeline  # noqa: E402
+from compress import children  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,4 +45,4 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checks_in_this_process(request, monkeypatch):
     """Every run ends with a check in a fresh process, of four seconds; those that are marked have them so, the others do not wait."""
     if request.node.get_closest_marker("checks_in_fresh_processes") is None:
-        monkeypatch.setattr(pipeline, "run_check", check_in_this_process)
+        monkeypatch.setattr(children, "run_check", check_in_this_process)
