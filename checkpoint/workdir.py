@@ -19,6 +19,7 @@ from checkpoint.files import publish, write_json
 from checkpoint.tensorfile import write_tensors
 
 FINGERPRINT = "fingerprint.json"
+BEGUN = {"lock", f"{FINGERPRINT}.tmp"}  # all that is in a directory whose run was killed before it had a fingerprint
 
 
 class WorkDirectory:
@@ -37,7 +38,7 @@ class WorkDirectory:
 
     def _take(self, recorded: Path, fingerprint: Mapping[str, Any], fresh: bool) -> None:
         path = self.path
-        if path.exists() and not recorded.is_file() and any(item.name != "lock" for item in path.iterdir()):
+        if path.exists() and not recorded.is_file() and any(item.name not in BEGUN for item in path.iterdir()):
             raise UserError(f"{path} exists and is not a layerpress work directory; name another with --work-dir")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / "lock").open("w")

@@ -259,3 +259,11 @@ def test_records_without_what_another_choice_needs_are_refused(models, text, tmp
     assert "ends was False, is True" in capsys.readouterr().err
     assert run_pipeline.main(flags(models("llama"), text, tmp_path / "three", *work, "--allocation", "uniform")) == 2
     assert "only_what_losses_choose was True, is False" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_fingerprint_had_a_name_goes_on(models, text, tmp_path):
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "lock").touch()
+    (work / "fingerprint.json.tmp").write_text('{"weights')
+    assert run_pipeline.main(flags(models("llama"), text, tmp_path / "out", "--recipe", "svd-llm")) == 0
