@@ -25,8 +25,8 @@ from calibration.sweep import SAMPLES
 from checkpoint.forms import Grid, Spec
 from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
+from compress.children import CHECK_TOKENS
 from compress.methods import METHODS, NATS
-from compress.pipeline import CHECK_TOKENS
 from compress.plan import Plan
 from compress.quantizers import QUANTIZERS
 
