@@ -174,7 +174,8 @@ def produced(model: Path) -> list[Path]:
     for name, (recipe, ratio, more) in OUTPUTS.items():
         if not (RESULTS / name).exists():
             print(f"making {name}", flush=True)
-            command = compression(model, recipe, ratio, "decoder", 4096, RESULTS / name, *more)
+            work = RESULTS / f"{name.partition('-')[0]}.work"  # ratios are slices of one work
+            command = compression(model, recipe, ratio, "decoder", 4096, RESULTS / name, *more, "--work-dir", str(work))
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return [RESULTS / name for name in OUTPUTS]
 
