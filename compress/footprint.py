@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from calibration import attention
 from calibration.ends import END_ROWS
 from calibration.labels import logit_tokens
 from calibration.moments import ROWS as GRAM_ROWS
@@ -166,7 +167,15 @@ class _Shapes:
         if backward:
             inputs = sum(group.linears[0].d_in for group in layer.groups)
             numbers += self.itemsize * (2 * outputs + inputs) + SINGLE * 4 * self.width
-        return self.tokens * numbers
+        return self.tokens * (numbers + self.scores(backward))
+
+    def scores(self, backward: bool) -> int:
+        """Of attention by products: scores and probabilities of a block of rows; under autograd the latter of all blocks stay."""
+        config, length = self.source.config.get_text_config(), self.recipe.sequence_length
+        if config._attn_implementation != attention.NAME or length < attention.SHORTEST:
+            return 0
+        row = config.num_attention_heads * length * self.itemsize
+        return row if backward else 2 * row // attention.BLOCKS
 
     def end(self, paths: Sequence[str], stage: str) -> Footprint:
         """Of the embedding, or the head, while they run."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from calibration import attention
 from calibration.moments import has_bfloat16_products
 from calibration.structure import Layer, Linear, Structure, discover
 from checkpoint.errors import UserError
@@ -78,6 +79,7 @@ def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tup
     """Open the checkpoint and discover its structure (UserError where that fails)."""
     dtype, reason = compute_dtype(recipe.dtype, directory, trust_remote_code)
     source = Source(directory, dtype, trust_remote_code)
+    attention.use(source.model)
     if recipe.export == "factored" and not type(source.model).__module__.startswith("transformers."):
         raise UserError(
             "--export factored needs a model class of transformers, this one is remote code; say --export dense"

@@ -50,7 +50,7 @@ def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> 
     d_out, d_in = weight.shape
     if d_out <= d_in:
         return truncate_by_output(weight, weight @ second_of_input @ weight.T, rank)
-    return truncate_by_input(weight, symmetric_root(second_of_input), rank)
+    return truncate_by_input(weight, root_of(second_of_input), rank)
 
 
 def truncate_by_channels(weight: torch.Tensor, scale: torch.Tensor, rank: int) -> Factors:
@@ -61,8 +61,14 @@ def truncate_by_channels(weight: torch.Tensor, scale: torch.Tensor, rank: int) -
     return truncate_by_input(weight, torch.diag(scale), rank)
 
 
-def symmetric_root(second: torch.Tensor) -> torch.Tensor:
-    """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64; rounding below zero counts as zero."""
+def root_of(second: torch.Tensor) -> torch.Tensor:
+    """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64: Cholesky's, or, of a singular matrix, from its eigenvectors.
+
+    Which one makes no difference to ``W'``. Rounding below zero counts as zero.
+    """
+    root, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
+    if not failed and bool(torch.isfinite(root).all()):
+        return root
     power, vectors = descending(second)
     return vectors * power.sqrt()
 

@@ -12,7 +12,7 @@ import torch
 
 from calibration.moments import Moments
 from compress.parts import Factors
-from compress.truncation import damping_floor, symmetric_root, truncate_by_input, truncate_by_output
+from compress.truncation import damping_floor, root_of, truncate_by_input, truncate_by_output
 
 
 def whitened(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
@@ -28,4 +28,4 @@ def whitened(weight: torch.Tensor, moments: Moments, rank: int, damping: float) 
         raise ValueError("a tall weight needs its input's second moment")
     second = moments.input.double().clone()
     second.diagonal().add_(floor)
-    return truncate_by_input(weight, symmetric_root(second), rank)
+    return truncate_by_input(weight, root_of(second), rank)

@@ -14,7 +14,7 @@ import torch
 from checkpoint.forms import Grid
 from compress.counts import count
 
-SEARCHED = 1 << 20  # weights whose scales are searched at a time
+SEARCHED = 1 << 18  # weights whose scales are searched at a time: what they are tried in stays in the cache
 # parts of a group's range that the search for a clipped one tries
 PARTS = tuple(1.0 - 0.02 * step for step in range(31))
 
@@ -75,13 +75,18 @@ def _search(
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     count("groups of zeros, of scale one", int((low == high).sum()))
     best = torch.full(low.shape, torch.inf)
+    levels = torch.empty_like(grouped)
     scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros(low.shape, dtype=torch.int8)
     for part, mirrored in product(PARTS, (False, True) if grid.symmetric and not grid.power_of_two else (False,)):
         tried, shift = _scale(low * part, high * part, grid, mirrored, dtype)
-        codes = round_to(grouped, tried, shift, grid).float()
+        step = tried.float().unsqueeze(2)
+        torch.div(grouped, step, out=levels)
         if shift is not None:
-            codes = codes - shift.float().unsqueeze(2)
-        error = ((codes * tried.float().unsqueeze(2) - grouped).square_() * counted).sum(2)
+            levels.add_(shift.float().unsqueeze(2))
+        levels.round_().clamp_(grid.lowest, grid.highest)
+        if shift is not None:
+            levels.sub_(shift.float().unsqueeze(2))
+        error = levels.mul_(step).sub_(grouped).square_().mul_(counted).sum(2)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, tried, scale)
