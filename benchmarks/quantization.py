@@ -84,7 +84,7 @@ def collect(options: argparse.Namespace) -> None:
         if target.exists():
             continue
         with opened(source, layer) as open_layer:
-            moments = sweep.collect_backward(open_layer, NEEDS, recipe.gradient_windows)
+            moments = sweep.collect_backward(open_layer, layer.linears, NEEDS, recipe.gradient_windows)
             tensors: dict[str, torch.Tensor] = {}
             for linear in layer.linears:
                 weight = module_weight(open_layer.linear(linear.local)).double()

@@ -8,7 +8,7 @@ wide linear, ``P = W^T G W`` of a tall one, as the second moment of ``W^T g``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,7 +181,7 @@ def moment_bytes(
 
 
 class GroupCollector:
-    """Sums the moments of one group of linears that share an input, through forward hooks.
+    """Sums the moments of the ``wanted`` of a group of linears that share an input, through forward hooks.
 
     ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
     ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient`` (on the smaller side),
@@ -190,9 +190,16 @@ class GroupCollector:
     """
 
     def __init__(
-        self, sizes: dict[str, tuple[int, int]], needs: frozenset[str], samples: int = 0, batches: range = range(0)
+        self,
+        sizes: dict[str, tuple[int, int]],
+        wanted: Sequence[str],
+        needs: frozenset[str],
+        samples: int = 0,
+        batches: range = range(0),
     ) -> None:
         self._sizes = sizes
+        self._wanted = wanted
+        own = {name: sizes[name] for name in wanted}
         self._first = next(iter(sizes))
         width = sizes[self._first][1]
         at_input = any(d_in <= d_out for d_out, d_in in sizes.values())
@@ -201,32 +208,31 @@ class GroupCollector:
         second = "second" in needs
         self._input = torch.zeros(width, width) if (second and at_input) or "input" in needs else None
         by_output = second and self._input is None
-        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in sizes.items()} if by_output else {}
+        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in own.items()} if by_output else {}
         self._of_channels = {
             name: (function, torch.zeros(width)) for name, function in CHANNELS.items() if name in needs
         }
-        self._row_fisher = {name: torch.zeros(d) for name, (d, _) in sizes.items() if "row_fisher" in needs}
+        self._row_fisher = {name: torch.zeros(d) for name, (d, _) in own.items() if "row_fisher" in needs}
         self._lengths = torch.empty(0)  # |x|^2 of the tokens of the batch that is going backward
         self._weighted = torch.zeros(width, width) if "weighted" in needs else None
         self._weights = 0.0
         self._rows = torch.empty(0)  # the inputs of that batch, and |g|^2 of its tokens for the linears seen so far
         self._of_tokens: list[torch.Tensor] = []
         self._pulled = {
-            name: torch.zeros(d_in, d_in)
-            for name, (d_out, d_in) in sizes.items()
-            if "gradient" in needs and d_in < d_out
+            name: torch.zeros(d_in, d_in) for name, (d_out, d_in) in own.items() if "gradient" in needs and d_in < d_out
         }
         self._gradients = {
             name: torch.zeros(d_out, d_out)
-            for name, (d_out, d_in) in sizes.items()
+            for name, (d_out, d_in) in own.items()
             if "output_gradient" in needs or ("gradient" in needs and d_out <= d_in)
         }
         self._per_batch = samples if "samples" in needs else 0
         self._batches = iter(batches)
         self._picked = torch.empty(0, dtype=torch.int64)
         self._input_samples = Rows(self._per_batch * len(batches))
-        self._gradient_samples = {name: Rows(self._per_batch * len(batches)) for name in sizes}
-        self._watched = list(sizes) if needs & OF_GRADIENTS else []
+        self._gradient_samples = {name: Rows(self._per_batch * len(batches)) for name in wanted}
+        # what weighs a token is the gradients of the whole group
+        self._watched = list(sizes if "weighted" in needs else own) if needs & OF_GRADIENTS else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
         self._gradient_power = dict.fromkeys(self._watched, 0.0)
 
@@ -253,7 +259,7 @@ class GroupCollector:
         if not y.requires_grad:
             return
         y.register_hook(lambda gradient: self.see_gradient(name, gradient))
-        if name == self._first:  # keep what the gradients of the group will be paired with
+        if name == self._watched[0]:  # keep what the gradients of the group will be paired with
             rows = x.detach().reshape(-1, x.shape[-1])
             if self._row_fisher:
                 self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
@@ -294,7 +300,7 @@ class GroupCollector:
         rows = gradient.reshape(-1, gradient.shape[-1])
         d_out, d_in = self._sizes[name]
         self._gradient_tokens[name] += rows.shape[0]
-        if self._per_batch:
+        if name in self._gradient_samples and self._per_batch:
             self._gradient_samples[name].add(rows[self._picked])
         self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
         if name in self._gradients:
@@ -331,14 +337,14 @@ class GroupCollector:
         self._gradient_power = dict(zip(self._watched, rest[len(self._watched) :], strict=True))
 
     def moments(self) -> dict[str, Moments]:
-        """Per linear of the group; members share the tensors of the input side. To be asked once: sums become means in place."""
+        """Per wanted linear; members share the tensors of the input side. To be asked once: sums become means in place."""
         self._add_up()
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input.div_(count)
         weighted = None if self._weighted is None else self._weighted.div_(max(self._weights, TINY))
         channels = {name: total.div_(count) for name, (_, total) in self._of_channels.items()}
         found = {}
-        for name in self._sizes:
+        for name in self._wanted:
             output = self._outputs[name].div_(count) if name in self._outputs else None
             moments = Moments(
                 self._tokens,

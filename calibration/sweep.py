@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens,
 from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
 from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
-from calibration.structure import Group, Stop, Structure
+from calibration.structure import Group, Linear, Stop, Structure
 from calibration.windows import Windows
 from checkpoint import processes
 from checkpoint.files import fsync_directory
@@ -63,17 +63,16 @@ class Sweep:
             self._produce(self.path(0), lambda first, count: self.replay.embed(self.ids[first : first + count]))
 
     def collect(
-        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], advance: bool
+        self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], advance: bool
     ) -> dict[str, Moments]:
-        """Run the layer over all windows and return the moments of the groups' linears.
+        """Run the layer over all windows and return the moments of some of its linears, given in the order in which they run.
 
         With ``advance`` the layer's output is stored as the next layer's input in the same pass; without,
-        each pass stops as soon as the groups have run.
+        each pass stops as soon as the linears have run.
         """
-        wanted = list(groups)
-        collectors, handles = self._collectors(open_layer, wanted, needs)
+        collectors, handles = self._collectors(open_layer, linears, needs)
         if not advance:
-            handles.append(open_layer.linear(wanted[-1].linears[-1].local).register_forward_hook(_stop))
+            handles.append(open_layer.linear(linears[-1].local).register_forward_hook(_stop))
         try:
             if advance:
                 self.advance(open_layer)
@@ -142,17 +141,21 @@ class Sweep:
     def _collectors(
         self,
         open_layer: OpenLayer,
-        groups: Iterable[Group],
+        linears: Iterable[Linear],
         needs: frozenset[str],
         samples: int = 0,
         batches: range = range(0),
     ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
-        """A collector for each group, and the hooks that feed them."""
+        """A collector for each group that some of the linears are of, and the hooks that feed them."""
         collectors: list[GroupCollector] = []
         handles: list[torch.utils.hooks.RemovableHandle] = []
-        for group in groups:
+        names = {item.local for item in linears}
+        for group in open_layer.layer.groups:
             sizes = {item.local: (item.d_out, item.d_in) for item in group.linears}
-            collectors.append(GroupCollector(sizes, needs, samples, batches))
+            wanted = [name for name in sizes if name in names]
+            if not wanted:
+                continue
+            collectors.append(GroupCollector(sizes, wanted, needs, samples, batches))
             handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
         return collectors, handles
 
@@ -261,9 +264,9 @@ class Sweep:
             self._produce(self.gradient_path(index), gradients, self._own(windows))
 
     def collect_backward(
-        self, open_layer: OpenLayer, groups: Iterable[Group], needs: frozenset[str], windows: int
+        self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], windows: int
     ) -> dict[str, Moments]:
-        """Run the layer under autograd on its stored inputs and output gradients: the moments of the groups' linears.
+        """Run the layer under autograd on its stored inputs and output gradients: the moments of some of its linears.
 
         The gradient at the layer's input is stored, the same by every pass over the layer.
 
@@ -272,7 +275,7 @@ class Sweep:
         index, own = open_layer.layer.index, self._own(windows)
         samples = -(-SAMPLES // -(-windows // self._micro_batch))
         mine = range(processes.index(), -(-windows // self._micro_batch), processes.count())
-        collectors, handles = self._collectors(open_layer, groups, needs, samples, mine)
+        collectors, handles = self._collectors(open_layer, linears, needs, samples, mine)
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)

@@ -68,13 +68,13 @@ def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[P
 def _add_menus(
     plan: Plan,
     open_layer: OpenLayer,
-    groups: Sequence[Group],
+    linears: Sequence[Linear],
     moments: dict[str, Moments],
     tensors: dict[str, torch.Tensor],
     notes: dict[str, Any],
 ) -> None:
-    """Add what the linears of some groups of a layer may become to its record; their ``moments`` are used up."""
-    own = _own_linears(linear for group in groups for linear in group.linears)
+    """Add what some linears of a layer may become to its record; their ``moments`` are used up."""
+    own = _own_linears(linears)
     for other in moments.keys() - {linear.local for linear in own}:
         del moments[other]
     more = whole_menu(plan, open_layer, own, moments)
@@ -112,13 +112,13 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
         for layer in layers[done:]:
             with opened(plan.source, layer) as open_layer:
                 tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
-                runs = in_passes(layer.groups, plan.recipe, plan.passes)
-                for groups in runs:
+                runs = in_passes(layer, plan.recipe, plan.passes)
+                for linears in runs:
                     moments: dict[str, Moments] = {}
                     if sweep:
-                        ends = groups is runs[-1] and layer is not layers[-1]
-                        moments = sweep.collect(open_layer, groups, plan.recipe.needs, advance=ends)
-                    _add_menus(plan, open_layer, groups, moments, tensors, notes)
+                        ends = linears is runs[-1] and layer is not layers[-1]
+                        moments = sweep.collect(open_layer, linears, plan.recipe.needs, advance=ends)
+                    _add_menus(plan, open_layer, linears, moments, tensors, notes)
             _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if sweep:
@@ -175,9 +175,9 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
         for layer in waiting:
             with opened(plan.source, layer) as open_layer:
                 tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
-                for groups in in_passes(layer.groups, recipe, plan.passes):
-                    moments = sweep.collect_backward(open_layer, groups, recipe.needs, recipe.gradient_windows)
-                    _add_menus(plan, open_layer, groups, moments, tensors, notes)
+                for linears in in_passes(layer, recipe, plan.passes):
+                    moments = sweep.collect_backward(open_layer, linears, recipe.needs, recipe.gradient_windows)
+                    _add_menus(plan, open_layer, linears, moments, tensors, notes)
             _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees
@@ -247,7 +247,8 @@ def _walk_groups(
     if ready is None:
         pruning = any(recipe.storage.prunes(linear) for linear in linears)
         needs = recipe.needs | ({"mean_square"} if pruning else set())
-        moments = sweeps[0].collect(open_layer, groups, needs, advance=False)
+        every = [linear for group in groups for linear in group.linears]
+        moments = sweeps[0].collect(open_layer, every, needs, advance=False)
         release_memory()
         kept = _kept_channels(plan, open_layer, moments) if pruning else None
     own = linears if ready is not None else _own_linears(linears)

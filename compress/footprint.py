@@ -6,6 +6,7 @@ a layer, each of which collects the moments of some of its groups only.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.parallel import FEW
 from compress.quantizers import QUANTIZERS
+from compress.quantizers.gptq import EXACT
 from compress.quantizers.grid import SEARCHED
 from compress.quantizers.two_sided import TOGETHER
 from compress.recipe import Recipe
@@ -87,7 +89,7 @@ def within(source: Source, structure: Structure, recipe: Recipe, limit: int | No
     Fewer windows cost less time than more passes, and are tried first. Raises UserError naming what does not fit.
     """
     tried = footprints(source, structure, recipe)
-    most_passes = max(len(layer.groups) for layer in structure.layers) if recipe.mode != "sequential" else 1
+    most_passes = max(len(layer.linears) for layer in structure.layers) if recipe.mode != "sequential" else 1
     passes = 1
     while limit is not None and max(item.nbytes for item in tried) > limit:
         if recipe.micro_batch > 1 and recipe.needs:
@@ -104,22 +106,30 @@ def within(source: Source, structure: Structure, recipe: Recipe, limit: int | No
     return recipe, passes
 
 
-def in_passes(groups: Sequence[Group], recipe: Recipe, passes: int) -> list[tuple[Group, ...]]:
-    """The groups of a layer in ``passes`` runs of neighbours (or fewer), the largest run's moments as small as can be."""
-    sizes = [sum(_moments(group, recipe, SINGLE).values()) for group in groups]
-    totals = [sum(sizes[first:last]) for first in range(len(sizes)) for last in range(first + 1, len(sizes) + 1)]
-    for most in sorted(totals):
-        runs: list[list[Group]] = []
-        held = most + 1
-        for group, size in zip(groups, sizes, strict=True):
-            if held + size > most:
-                runs.append([])
-                held = 0
-            runs[-1].append(group)
-            held += size
-        if len(runs) <= passes and max(sizes) <= most:
-            return [tuple(run) for run in runs]
-    return [tuple(groups)]
+def in_passes(layer: Layer, recipe: Recipe, passes: int) -> list[tuple[Linear, ...]]:
+    """The linears of a layer in ``passes`` runs of neighbours (or fewer), the largest run's moments as small as can be."""
+    sizes = [_moments(group, recipe, SINGLE) for group in layer.groups]
+    linears = [(linear, sizes[index]) for index, group in enumerate(layer.groups) for linear in group.linears]
+
+    def held(run: Sequence[tuple[Linear, dict[str, int]]]) -> int:
+        """What its linears share with their groups is there once."""
+        shared = {id(of_group): of_group[""] for _, of_group in run}
+        return sum(shared.values()) + sum(of_group[linear.local] for linear, of_group in run)
+
+    def runs(most: int) -> list[list[tuple[Linear, dict[str, int]]]]:
+        found: list[list[tuple[Linear, dict[str, int]]]] = [[]]
+        for item in linears:
+            if found[-1] and held([*found[-1], item]) > most:
+                found.append([])
+            found[-1].append(item)
+        return found
+
+    ends = range(1, len(linears) + 1)
+    totals = sorted({held(linears[first:last]) for last in ends for first in range(last)})
+    least = max(held([item]) for item in linears)
+    fits = [most for most in totals if most >= least]
+    most = fits[bisect_left(fits, True, key=lambda most: len(runs(most)) <= passes)]
+    return [tuple(linear for linear, _ in run) for run in runs(most)]
 
 
 def _moments(group: Group, recipe: Recipe, itemsize: int) -> dict[str, int]:
@@ -212,26 +222,31 @@ class _Shapes:
         """A layer's moments being summed, and each of its linears being decomposed, largest first, as the driver does it."""
         recipe, found = self.recipe, list[Footprint]()
         records = 0
-        rounds = in_passes(layer.groups, recipe, self.passes)
+        rounds = in_passes(layer, recipe, self.passes) if layer.linears else []
         if stage == "walking" and recipe.mode != "layerwise":
-            rounds = [(group,) for group in layer.groups]
+            rounds = [group.linears for group in layer.groups]
         widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
         summing = self.activations(layer, backward) + 2 * SINGLE * GRAM_ROWS * widest
-        for groups in rounds:
-            held = {group: _moments(group, recipe, self.itemsize) for group in groups}
+        for linears in rounds:
+            held = {group: self.held(group, linears) for group in layer.groups if set(group.linears) & set(linears)}
             moments = sum(sum(sizes.values()) for sizes in held.values())
             parts = {"weights": weights, "moments": moments, "records": records, "activations": summing}
             if self.tokens:
                 found.append(Footprint(stage, layer.path, parts))
-            linears = [(linear, group) for group in groups for linear in group.linears]
-            for linear, group in sorted(linears, key=lambda item: item[0].d_out * item[0].d_in, reverse=True):
+            groups = {linear: group for group in held for linear in group.linears}
+            for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
                 parts = {"weights": weights, "moments": moments, "records": records, "solving": self.solving(linear)}
                 found.append(Footprint(stage, linear.name, parts))
                 records += record_bytes(self.recipe, linear)
-                moments -= held[group].pop(linear.local)
-                if list(held[group]) == [""]:
-                    moments -= held[group].pop("")
+                moments -= held[groups[linear]].pop(linear.local)
+                if list(held[groups[linear]]) == [""]:
+                    moments -= held[groups[linear]].pop("")
         return found
+
+    def held(self, group: Group, linears: Iterable[Linear]) -> dict[str, int]:
+        """Bytes of the moments of some of a group's linears, and of what they share (``""``)."""
+        names = {"", *(linear.local for linear in linears)}
+        return {name: size for name, size in _moments(group, self.recipe, self.itemsize).items() if name in names}
 
     def solving(self, linear: Linear) -> int:
         """Of what is made on the way from a linear's moments to its record."""
@@ -242,7 +257,8 @@ class _Shapes:
     def decomposing(self, linear: Linear) -> int:
         """The smaller side's eigenvectors in float64, and the factors along all of them."""
         whole, side = linear.d_out * linear.d_in, min(linear.d_out, linear.d_in)
-        copies = 4 if "samples" in self.recipe.needs or linear.d_in < linear.d_out else 2
+        samples = "samples" in self.recipe.needs
+        copies = 3 if samples else 4 if linear.d_in < linear.d_out else 2
         return DOUBLE * (copies * whole + 6 * side**2) + self.sampling(linear)
 
     def quantizing(self, linear: Linear) -> int:
@@ -253,7 +269,8 @@ class _Shapes:
         squares = linear.d_in**2 + (linear.d_out**2 if two_sided else 0)
         together = (SINGLE + 1) * min(len(grids), max(1, TOGETHER // whole)) if two_sided else 4 * SINGLE
         rounding = SINGLE * (2 * whole + squares) + together * whole
-        roots = 3 * SINGLE * max(linear.d_in, linear.d_out if two_sided else 0) ** 2 + SINGLE * whole
+        widest = max(linear.d_in, linear.d_out if two_sided else 0)
+        roots = SINGLE * ((3 if widest <= EXACT else 1) * widest**2 + whole)
         candidates = len(grids) if recipe.mode == "one-shot" else 1
         workers = min(torch.get_num_threads(), candidates) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)

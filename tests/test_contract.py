@@ -74,7 +74,7 @@ def test_full_rank_reproduces_the_logits(models, name, recipe_name, tmp_path):
     sweep.embed()
     for layer in structure.layers:
         with opened(source, layer) as open_layer:
-            moments = sweep.collect(open_layer, layer.groups, needs, advance=True)
+            moments = sweep.collect(open_layer, layer.linears, needs, advance=True)
             for linear in layer.linears:
                 full = min(linear.d_out, linear.d_in)
                 factors = linears.decompose(plan, open_layer, linear, moments[linear.local], full)

@@ -37,7 +37,7 @@ def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, 
     moments: dict[str, Moments] = {}
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
-            found = sweep.collect_backward(open_layer, layer.groups, NEEDS, gradient_windows)
+            found = sweep.collect_backward(open_layer, layer.linears, NEEDS, gradient_windows)
             moments |= {linear.name: found[linear.local] for linear in layer.linears}
     return structure, moments, ids
 
@@ -249,7 +249,7 @@ def test_losses_of_changed_ends_are_those_of_the_whole_model(models, tmp_path, n
     sweep.start_backward(WINDOWS, "empirical", SEED)
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
-            sweep.collect_backward(open_layer, layer.groups, NEEDS, WINDOWS)
+            sweep.collect_backward(open_layer, layer.linears, NEEDS, WINDOWS)
     dense = AutoModelForCausalLM.from_pretrained(models(name)).eval()
     embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     changes = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02

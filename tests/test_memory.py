@@ -32,7 +32,7 @@ SIZES = [{"q": (8, 8), "k": (4, 8)}, {"gate": (12, 8), "up": (12, 8)}, {"down": 
 def test_moment_bytes_are_those_of_the_collector(sizes):
     """Counted over the tensors that a collector gives after one batch, shared ones once, for what every recipe needs."""
     for needs in set(NEEDS) - {frozenset({"influence"})}:
-        collector = GroupCollector(sizes, needs, samples=6)
+        collector = GroupCollector(sizes, list(sizes), needs, 6, range(1))
         width = next(iter(sizes.values()))[1]
         linears = {name: torch.nn.Linear(d_in, d_out, bias=False) for name, (d_out, d_in) in sizes.items()}
         handles = collector.hooks(linears)
@@ -47,12 +47,12 @@ def test_moment_bytes_are_those_of_the_collector(sizes):
 
 @pytest.mark.parametrize(("recipe", "more"), [("svd-llm", ()), ("quantized", ("--group-size", "16"))])
 def test_more_passes_over_a_layer_change_no_byte(models, text, tmp_path, monkeypatch, recipe, more):
-    """As many passes as there are groups: each moment is summed as it was."""
+    """As many passes as there are linears, whose groups go apart: each moment is summed as it was."""
     arguments = ("--recipe", recipe, *more)
-    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "one", *arguments)) == 0
-    monkeypatch.setattr(pipeline, "within", lambda source, structure, recipe, limit: (recipe, 4))
-    assert run_pipeline.main(flags(models("gpt2"), text, tmp_path / "four", *arguments)) == 0
-    assert content(tmp_path / "one") == content(tmp_path / "four")
+    assert run_pipeline.main(flags(models("qwen2"), text, tmp_path / "one", *arguments)) == 0
+    monkeypatch.setattr(pipeline, "within", lambda source, structure, recipe, limit: (recipe, 7))
+    assert run_pipeline.main(flags(models("qwen2"), text, tmp_path / "seven", *arguments)) == 0
+    assert content(tmp_path / "one") == content(tmp_path / "seven")
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,11 @@ def test_a_limit_takes_fewer_windows_then_more_passes_then_refuses(wide):
         assert max(item.nbytes for item in footprints(source, structure, smaller, passes)) <= limit
         found.append((-smaller.micro_batch, passes))
     assert found == sorted(found) and found[0] < (-1, 1) < found[-1], found
-    groups = structure.layers[0].groups
-    for passes in range(1, len(groups) + 1):
-        runs = in_passes(groups, recipe, passes)
-        assert len(runs) <= passes and [group for run in runs for group in run] == list(groups)
+    layer = structure.layers[0]
+    for passes in range(1, len(layer.linears) + 1):
+        runs = in_passes(layer, recipe, passes)
+        assert len(runs) <= passes and [linear for run in runs for linear in run] == list(layer.linears)
+    assert len(runs) > len(layer.groups), "the linears of a group go apart"
 
 
 @pytest.mark.parametrize("limit", ["0.65GB", "0.75GB"])

@@ -87,7 +87,7 @@ def test_diagonal_weightings_are_svds_of_the_scaled_weight(shape):
 def test_row_fisher_is_the_fisher_of_every_weight_summed_over_its_row():
     generator = torch.Generator().manual_seed(6)
     linear = torch.nn.Linear(7, 5, bias=False)
-    collector = GroupCollector({"a": (5, 7)}, frozenset({"row_fisher"}))
+    collector = GroupCollector({"a": (5, 7)}, ["a"], frozenset({"row_fisher"}))
     collector.hooks({"a": linear})
     x = torch.randn(2, 11, 7, generator=generator, requires_grad=True)
     g = torch.randn(2, 11, 5, generator=generator)

@@ -105,7 +105,7 @@ def moments(model: Path, directory: Path) -> dict[str, Any]:
             sweep.advance(open_layer)
     sweep.start_backward(5, "sampled", 0)
     with opened(source, structure.layers[-1]) as open_layer:
-        found = sweep.collect_backward(open_layer, structure.layers[-1].groups, NEEDS, 5)
+        found = sweep.collect_backward(open_layer, structure.layers[-1].linears, NEEDS, 5)
     return {name: vars(item) for name, item in found.items()} | {"turning": {"last": sweep.turning(0)}}
 
 

@@ -175,7 +175,7 @@ def test_bfloat16_grams_are_exact_to_float32():
 def test_collector_takes_the_smaller_side_and_leaves_the_bias_out():
     torch.manual_seed(0)
     wide = torch.nn.Linear(12, 5)
-    collector = GroupCollector({"down": (5, 12)}, frozenset({"second"}))
+    collector = GroupCollector({"down": (5, 12)}, ["down"], frozenset({"second"}))
     handles = collector.hooks({"down": wide})
     x = torch.randn(7, 9, 12)
     with torch.no_grad():

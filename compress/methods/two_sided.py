@@ -65,7 +65,7 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
         power, kept = leading(root.T @ pulled @ root, rank)
         a = weight @ (root @ kept)
         b = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
-    a, b = _balanced(a, b)
+    _balance(a, b)
     return Factors(a, b, tails(power, rank) / 2)
 
 
@@ -76,11 +76,12 @@ def _damped_cholesky(moment: torch.Tensor, floor: float) -> torch.Tensor:
     return torch.linalg.cholesky(damped)
 
 
-def _balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each direction's column of ``a`` and row of ``b`` the same length: half-precision exponents stay in range."""
+def _balance(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Give each direction's column of ``a`` and row of ``b`` the same length, in place: half-precision exponents stay in range."""
     size_a, size_b = torch.linalg.vector_norm(a, dim=0), torch.linalg.vector_norm(b, dim=1)
     scale = (size_b / size_a).sqrt()
     usable = torch.isfinite(scale) & (scale > 0)
     count("directions of length zero, not balanced", int((~usable).sum()))
     scale = torch.where(usable, scale, torch.ones_like(scale))
-    return a * scale, b / scale[:, None]
+    a *= scale
+    b /= scale[:, None]

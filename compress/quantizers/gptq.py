@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from scipy.linalg.lapack import dpotrf, dtrtri
+from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
 from checkpoint.forms import Grid
 from compress.quantizers.grid import Quantized, find_scales
 from compress.truncation import damping_floor
 
 BLOCK = 128  # columns whose changes to later columns are applied in one product
+# sides of moments that are factorised in float64; wider ones, of which one would be larger than a layer, in float32 as in the
+# paper's code: damping bounds the condition number
+EXACT = 8192
 
 
 def gptq(
@@ -65,7 +68,7 @@ class Columns:
 
     def __init__(self, inputs: torch.Tensor, damping: float) -> None:
         self._order = inputs.diagonal().argsort(descending=True, stable=True)
-        self._upper = torch.from_numpy(inverse_root(inputs, damping, self._order).astype(numpy.float32))
+        self._upper = inverse_root(inputs, damping, self._order)
         self._pivots = self._upper.diagonal().tolist()
 
     def round(self, weights: Sequence[torch.Tensor], on: Sequence[Levels]) -> list[torch.Tensor]:
@@ -111,20 +114,24 @@ class Columns:
         return self._by_column(torch.zeros_like(levels.scale) if levels.zero is None else levels.zero)
 
 
-def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> numpy.ndarray:
-    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float64, a view; rows and columns of H in ``order``.
+def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor U of ``(H + floor)^-1 = U^T U``, ``(d, d)`` float32; rows and columns of H in ``order``.
 
     With ``J`` reversing the order, ``J H J = L L^T`` gives ``H = R R^T`` with ``R = J L J`` upper triangular, and so
-    ``H^-1 = R^-T R^-1``: U is ``R^-1 = J L^-1 J``. All in float64 and in place: one such matrix at a time. Raises
+    ``H^-1 = R^-T R^-1``: U is ``R^-1 = J L^-1 J``. In float64 up to ``EXACT``, and in place: one such matrix at a time. Raises
     torch.linalg.LinAlgError if the damped H is not positive definite.
     """
-    backwards = order.flip(0)
-    damped = moment[backwards[:, None], backwards].double()
-    damped.diagonal().add_(damping_floor(damping, float(damped.diagonal().mean())))
+    backwards, exact = order.flip(0), len(order) <= EXACT
+    factorise, invert = (dpotrf, dtrtri) if exact else (spotrf, strtri)
+    damped = moment[backwards[:, None], backwards].to(torch.float64 if exact else torch.float32)
+    damped.diagonal().add_(damping_floor(damping, float(damped.diagonal().mean(dtype=torch.float64))))
     # symmetric: a row-major array is its own column-major one, whose upper factor is the lower one here
-    root, unlike = dpotrf(damped.numpy().T, lower=0, overwrite_a=1)
+    root, unlike = factorise(damped.numpy().T, lower=0, overwrite_a=1)
     if unlike:
         raise torch.linalg.LinAlgError("a damped second moment is not positive definite")
-    inverse, _ = dtrtri(root, lower=0, overwrite_c=1)
-    turned: numpy.ndarray = inverse.T[::-1, ::-1]
-    return turned
+    inverse, _ = invert(root, lower=0, overwrite_c=1)
+    turned = inverse.T
+    for first in range((len(turned) + 1) // 2):  # both axes reversed, a pair of rows at a time
+        last = len(turned) - 1 - first
+        turned[first], turned[last] = turned[last, ::-1].copy(), turned[first, ::-1].copy()
+    return torch.from_numpy(turned.astype(numpy.float32, copy=False))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy
 import torch
 
 from checkpoint.forms import Grid
@@ -45,7 +44,7 @@ def two_sided_rounding(
         raise ValueError("the second moments of the input and of the output's gradient are needed")
     columns = Columns(inputs, damping)
     order = outputs.diagonal().argsort(descending=True, stable=True)
-    upper = torch.from_numpy(inverse_root(outputs, OUTPUT_DAMPING, order).astype(numpy.float32))
+    upper = inverse_root(outputs, OUTPUT_DAMPING, order)
     found: list[Quantized] = []
     together = max(1, TOGETHER // weight.numel())
     for first in range(0, len(grids), together):
