@@ -1,7 +1,7 @@
 """Seconds and memory at the shapes of real models, by depth and by tokens, beside the least; prints tables.
 
     python benchmarks/scale.py [--shape llama-3-8b] [--recipes auto] [--layers 2 4 8] [--tokens 2048 4096 8192] [--vocabulary 8192]
-                               [--target-ratio R] [--ratio-scope SCOPE]
+                               [--target-ratio R] [--ratio-scope SCOPE] [--memory-limit 6GB]
 
 Slices of a model of random weights (synthetic.py): what one more layer takes, and what one more token takes, is the difference of
 two runs. ``--vocabulary`` gives the embedding and the head fewer rows: theirs are not the layers' costs.
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--vocabulary", type=int, help="rows of the embedding and the head (those of the shape)")
+    parser.add_argument("--memory-limit", help="as run_pipeline.py has it")
     options = parser.parse_args()
+    more = ["--memory-limit", options.memory_limit] if options.memory_limit else []
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = RESULTS / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
@@ -58,7 +60,7 @@ def main() -> None:
             line(["recipe", "layers", "tokens", *COLUMNS])
             line(["---"] * (3 + len(COLUMNS)))
         for (recipe, tokens), plan in plans.items():
-            found, least = run(recipe, plan), limits(plan, machine)
+            found, least = run(recipe, plan, *more), limits(plan, machine)
             for row in rows(found, least, every_stage=True):
                 line([recipe, layers, tokens, *row])
             figures[recipe, layers, tokens] = _figures(found, least)

@@ -42,8 +42,8 @@ class Speed:
     report: Mapping[str, Any]
 
 
-def run(recipe_or_file: str, plan: Plan) -> Speed:
-    """Compress as planned, from the beginning; nothing is left (subprocess.CalledProcessError where it fails)."""
+def run(recipe_or_file: str, plan: Plan, *more: str) -> Speed:
+    """Compress as planned, with ``more`` flags, from the beginning; nothing is left (subprocess.CalledProcessError where it fails)."""
     recipe, output = plan.recipe, RESULTS / "output"
     command = compression(
         plan.source.directory,
@@ -52,7 +52,7 @@ def run(recipe_or_file: str, plan: Plan) -> Speed:
         recipe.ratio_scope,
         recipe.calibration_tokens,
         output,
-        *("--calibration", recipe.calibration, "--fresh"),
+        *("--calibration", recipe.calibration, "--fresh", *more),
     )
     RESULTS.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
