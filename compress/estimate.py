@@ -13,7 +13,7 @@ from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
 from compress.footprint import Footprint, footprints, record_bytes
 from compress.quantizers import QUANTIZERS
-from compress.quantizers.two_sided import ROWS, TOGETHER
+from compress.quantizers.two_sided import ROWS, grids_together
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
@@ -95,7 +95,7 @@ def _quantizing_seconds(recipe: Recipe, linear: Linear) -> float:
     weights, grids = linear.d_out * linear.d_in, len(recipe.storage.grids)
     blocks, passes = 1, grids
     if QUANTIZERS[recipe.quantizer].outputs:
-        blocks, passes = -(-linear.d_out // ROWS), -(-grids // max(1, TOGETHER // weights))
+        blocks, passes = -(-linear.d_out // ROWS), -(-grids // grids_together(weights))
     return COLUMN_SECONDS * passes * blocks * linear.d_in + SEARCH_SECONDS * grids * weights
 
 

@@ -28,7 +28,7 @@ from compress.parallel import FEW
 from compress.quantizers import QUANTIZERS
 from compress.quantizers.gptq import EXACT
 from compress.quantizers.grid import SEARCHED
-from compress.quantizers.two_sided import TOGETHER
+from compress.quantizers.two_sided import grids_together
 from compress.recipe import Recipe
 
 HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
@@ -267,7 +267,7 @@ class _Shapes:
         grids = [grid for grid in recipe.storage.grids if grid.fits(linear.d_in)]
         two_sided = QUANTIZERS[recipe.quantizer].outputs
         squares = linear.d_in**2 + (linear.d_out**2 if two_sided else 0)
-        together = (SINGLE + 1) * min(len(grids), max(1, TOGETHER // whole)) if two_sided else 4 * SINGLE
+        together = (SINGLE + 1) * min(len(grids), grids_together(whole)) if two_sided else 4 * SINGLE
         rounding = SINGLE * (2 * whole + squares) + together * whole
         widest = max(linear.d_in, linear.d_out if two_sided else 0)
         roots = SINGLE * ((3 if widest <= EXACT else 1) * widest**2 + whole)

@@ -127,8 +127,8 @@ The rank and error of every matrix are in `matrices.csv`, everything else in `re
 ## How it was made
 
 Calibrated on {text}.
-Computed in {report["compute_dtype"]["dtype"].removeprefix("torch.")} ({report["compute_dtype"]["reason"]}) with {run["threads"]} threads, \
-torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}.
+Computed in {report["compute_dtype"]["dtype"].removeprefix("torch.")} ({report["compute_dtype"]["reason"]}) with {run["threads"]} threads\
+{f" in each of {run['processes']} processes" if run["processes"] > 1 else ""}, torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}.
 
     {run["command"]}
 

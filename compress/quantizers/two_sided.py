@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import torch
 
 from checkpoint.forms import Grid
-from compress.parallel import each
+from compress.parallel import FEW, each
 from compress.quantizers.gptq import Columns, Levels, inverse_root
 from compress.quantizers.grid import Quantized, find_scales
 
 ROWS = 64
-TOGETHER = 1 << 24  # weights that are rounded at a time, on several grids: 64 MB
+# weights that are rounded at a time, on several grids: 64 MB; of a larger weight as many grids as there are threads
+TOGETHER = 1 << 24
 # of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
 OUTPUT_DAMPING = 0.1
 
@@ -46,18 +47,25 @@ def two_sided_rounding(
     order = outputs.diagonal().argsort(descending=True, stable=True)
     upper = inverse_root(outputs, OUTPUT_DAMPING, order)
     found: list[Quantized] = []
-    together = max(1, TOGETHER // weight.numel())
+    few, in_order = weight.numel() <= FEW, weight.float()[order]
+    together = grids_together(weight.numel())
     for first in range(0, len(grids), together):
         some = grids[first : first + together]
         on = each(lambda grid: Levels(grid, *find_scales(weight, grid, inputs.diagonal(), dtype)), some, weight.numel())
         ordered = [levels.of(order) for levels in on]
-        # alone, and yet on a thread of its own: so few numbers at a time are slower on several
-        (codes,) = each(lambda found: _round(weight.float()[order], found, columns, upper), [ordered], ROWS)
-        for levels, rounded in zip(on, codes, strict=True):
+        # on a thread of its own, so few numbers at a time being slower on several; of a large weight each grid on one
+        shares = [ordered] if few else [[levels] for levels in ordered]
+        codes = each(lambda share: _round(in_order, share, columns, upper), shares, ROWS)
+        for levels, rounded in zip(on, (item for share in codes for item in share), strict=True):
             placed = torch.empty_like(rounded)
             placed[order] = rounded
             found.append(levels.quantized(placed))
     return found
+
+
+def grids_together(numbers: int) -> int:
+    """On how many grids a weight of so many numbers is rounded at a time."""
+    return max(TOGETHER // numbers, torch.get_num_threads() if numbers > FEW else 1)
 
 
 def _round(weight: torch.Tensor, on: Sequence[Levels], columns: Columns, upper: torch.Tensor) -> list[torch.Tensor]:
