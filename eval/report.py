@@ -128,7 +128,8 @@ The rank and error of every matrix are in `matrices.csv`, everything else in `re
 
 Calibrated on {text}.
 Computed in {report["compute_dtype"]["dtype"].removeprefix("torch.")} ({report["compute_dtype"]["reason"]}) with {run["threads"]} threads\
-{f" in each of {run['processes']} processes" if run["processes"] > 1 else ""}, torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}.
+{f" in each of {run['processes']} processes" if run["processes"] > 1 else ""}, \
+torch {run["versions"]["torch"]}, transformers {run["versions"]["transformers"]}.
 
     {run["command"]}
 
