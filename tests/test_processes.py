@@ -32,6 +32,10 @@ SMALL = ["--calibration-tokens", "5120", "--sequence-length", "64", "--evaluate"
 LOW_RANK = ["--ratio-scope", "decoder", "--target-ratio", "0.7"]
 
 
+# gloo would look for the machine's own name, which need not be known to it
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -49,7 +53,7 @@ def together(count: int, work: Callable[[int], Any], directory: Path) -> list[An
         code = 1
         try:
             place = {"RANK": index, "WORLD_SIZE": count, "LOCAL_RANK": index, "LOCAL_WORLD_SIZE": count}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | LOOPBACK
             os.environ.update({name: str(value) for name, value in place.items()})
             torch.set_num_threads(1)  # a forked child has no threads but its own
             (directory / f"{index}.pickle").write_bytes(pickle.dumps(work(index)))
@@ -212,7 +216,7 @@ def test_a_launcher_starts_them_and_they_share_the_evaluation(models, text, tmp_
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("written:") == 1
@@ -224,7 +228,7 @@ def test_a_launcher_starts_them_and_they_share_the_evaluation(models, text, tmp_
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     figures = [json.loads((tmp_path / f"{name}.json").read_text())["model"] for name in ("alone", "shared")]
