@@ -27,13 +27,14 @@ from compress.allocations import ALLOCATIONS
 from compress.parallel import FEW
 from compress.quantizers import QUANTIZERS
 from compress.quantizers.gptq import EXACT
-from compress.quantizers.grid import SEARCHED
 from compress.quantizers.two_sided import grids_together
 from compress.recipe import Recipe
 
 HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
 SINGLE, DOUBLE = 4, 8  # bytes of a float
-SEARCHING = 64  # bytes a weight whose scale is searched: measured
+# bytes a weight whose scale is searched, and of how many weights the heap keeps them: measured
+SEARCHING, SEARCHED = 64, 1 << 20
+KERNELS = 25_000_000  # what the library of products keeps of attention's shapes: measured
 TEXT = 30_000_000  # a piece of text, its tokens, and what the tokenizer remembers: measured
 TOKENIZER = 12  # bytes in memory for one in tokenizer.json: measured
 
@@ -79,7 +80,11 @@ def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int
         found.append(shapes.through("walking", collects=True))
     found += [shapes.output("writing"), shapes.output("checking")]
     tokenizer = source.directory / "tokenizer.json"
-    process = PROCESS_BYTES + (TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+    process = (
+        PROCESS_BYTES
+        + KERNELS * (shapes.scores(False) > 0)
+        + (TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0)
+    )
     return [replace(item, process=process) for item in found]
 
 
