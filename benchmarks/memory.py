@@ -37,7 +37,7 @@ COLUMNS = ("recipe", "case", "checkpoint MB", "stage", "planned MB", "measured M
 
 def main() -> None:
     """Write, compress, print."""
-    from synthetic import write
+    from synthetic import write, write_text
     from tables import compression, line
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -48,8 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     results = ROOT / "benchmarks" / "results" / "memory"
     results.mkdir(parents=True, exist_ok=True)
-    text = results / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
+    text = write_text(results)
     line(COLUMNS)
     line(["---"] * len(COLUMNS))
     for case in options.cases:

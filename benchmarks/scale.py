@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from machine import Machine  # noqa: E402
 from roofline import arguments, limits, measured, planned, print_machine  # noqa: E402
 from speed import COLUMNS, Speed, rows, run  # noqa: E402
-from synthetic import SHAPES, shape_config, write_config  # noqa: E402
+from synthetic import SHAPES, shape_config, write_config, write_text  # noqa: E402
 from tables import line  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale"
@@ -41,8 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     more = ["--memory-limit", options.memory_limit] if options.memory_limit else []
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = RESULTS / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
+    text = write_text(RESULTS)
     machine: Machine | None = None
     figures: Figures = {}
     for layers in options.layers:

@@ -36,22 +36,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write(
-    directory: Path, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int
-) -> int:
-    """Write a llama of these sizes in bfloat16; returns its bytes of tensors."""
-    return write_config(
-        directory,
-        _config(
-            model_type="llama",
-            hidden=hidden,
-            layers=layers,
-            intermediate=intermediate,
-            heads=heads,
-            kv_heads=kv_heads,
-            vocabulary=vocabulary,
-        ),
-    )
+def write(directory: Path, **sizes: int) -> int:
+    """Write a llama of these ``SIZES`` in bfloat16; returns its bytes of tensors."""
+    return write_config(directory, _config(model_type="llama", **sizes))
+
+
+def write_text(directory: Path) -> Path:
+    """Write a text to calibrate such models on: random weights do not mind which."""
+    text = directory / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and so on. \n" * 3000, encoding="utf-8")
+    return text
 
 
 def shape_config(shape: str, layers: int | None = None, vocabulary: int | None = None) -> Any:

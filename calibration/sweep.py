@@ -273,9 +273,9 @@ class Sweep:
         The first ``windows`` windows go backward; the others only add to the moments of the activations.
         """
         index, own = open_layer.layer.index, self._own(windows)
-        samples = -(-SAMPLES // -(-windows // self._micro_batch))
-        mine = range(processes.index(), -(-windows // self._micro_batch), processes.count())
-        collectors, handles = self._collectors(open_layer, linears, needs, samples, mine)
+        batches = -(-windows // self._micro_batch)
+        mine = range(processes.index(), batches, processes.count())
+        collectors, handles = self._collectors(open_layer, linears, needs, -(-SAMPLES // batches), mine)
         with ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)

@@ -73,6 +73,16 @@ def wait() -> None:
             distributed.barrier()
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process goes through this before the others: it brings what they then find."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
 def of_main(make: Callable[[], Result]) -> Result:
     """What ``make`` gives in the main process, in all of them; it can be pickled. The others do not run it."""
     if count() == 1:
@@ -153,14 +163,15 @@ def own_share(items: Sequence[Item], work: Callable[[Item], float]) -> list[Item
     return mine
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def child_environment() -> dict[str, str]:
     """What tells the processes that these start, one each, where to meet one another; nothing if this one is alone."""
     if count() == 1:
         return {}
-
-    def free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
-
     return {"MASTER_PORT": str(of_main(free_port)), "TORCHELASTIC_USE_AGENT_STORE": "False"}

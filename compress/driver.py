@@ -256,12 +256,12 @@ def _walk_groups(
     tensors: dict[str, torch.Tensor] = {}
     own_notes: dict[str, Any] = {}
     for linear, spec in linears.items():
-        pruned = kept is not None and recipe.storage.prunes(linear)
-        if not pruned and linear not in own:
+        channels = kept if recipe.storage.prunes(linear) else None
+        if channels is None and linear not in own:
             continue
         with noted(own_notes, linear):
-            if pruned and kept is not None:
-                found[linear.local] = _pruned(plan, open_layer, linear, kept)
+            if channels is not None:
+                found[linear.local] = _pruned(plan, open_layer, linear, channels)
             elif spec.weight is not None:
                 of_linear = moments.get(linear.local, EMPTY)
                 (candidate,) = quantize(plan, open_layer, linear, of_linear, {spec.weight: spec.rank})

@@ -1,7 +1,7 @@
 """Peak memory of every stage of a run, from shapes alone: what is held together, added up.
 
 Checked against runs by ``benchmarks/memory.py``. Two things bring a peak down: fewer windows at a time, and more passes over
-a layer, each of which collects the moments of some of its groups only.
+a layer, each of which collects the moments of some of its linears only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from compress.recipe import Recipe
 HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
 SINGLE, DOUBLE = 4, 8  # bytes of a float
 # bytes a weight whose scale is searched, and of how many weights the heap keeps them: measured
-SEARCHING, SEARCHED = 64, 1 << 20
+SEARCHING, KEPT = 64, 1 << 20
 KERNELS = 25_000_000  # what the library of products keeps of attention's shapes: measured
 TEXT = 30_000_000  # a piece of text, its tokens, and what the tokenizer remembers: measured
 TOKENIZER = 12  # bytes in memory for one in tokenizer.json: measured
@@ -227,7 +227,7 @@ class _Shapes:
         """A layer's moments being summed, and each of its linears being decomposed, largest first, as the driver does it."""
         recipe, found = self.recipe, list[Footprint]()
         records = 0
-        rounds = in_passes(layer, recipe, self.passes) if layer.linears else []
+        rounds = in_passes(layer, recipe, self.passes)
         if stage == "walking" and recipe.mode != "layerwise":
             rounds = [group.linears for group in layer.groups]
         widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
@@ -280,7 +280,7 @@ class _Shapes:
         workers = min(torch.get_num_threads(), candidates) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
         # what the search for scales leaves is in small blocks, which the heap keeps
-        searching = (workers if two_sided else 1) * SEARCHING * min(SEARCHED, whole)
+        searching = (workers if two_sided else 1) * SEARCHING * min(KEPT, whole)
         return (DOUBLE + candidates) * whole + searching + max(roots, rounding, workers * correcting)
 
     def copies(self, linear: Linear) -> int:
@@ -304,7 +304,7 @@ class _Shapes:
             held = {
                 "weights": loaded + 2 * whole * (end.dtype.itemsize + 1),
                 "records": sum(record_bytes(self.recipe, item) for item in self.structure.ends),
-                "scales": SEARCHING * min(SEARCHED, whole),
+                "scales": SEARCHING * min(KEPT, whole),
                 "rows or logits": max(7 * self.logits, SINGLE * 8 * min(END_ROWS, end.d_out) * end.d_in),
             }
             found.append(Footprint("ends", end.name, held))

@@ -64,11 +64,14 @@ def truncate_by_channels(weight: torch.Tensor, scale: torch.Tensor, rank: int) -
 def root_of(second: torch.Tensor) -> torch.Tensor:
     """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64: Cholesky's, or, of a singular matrix, from its eigenvectors.
 
-    Which one makes no difference to ``W'``. Rounding below zero counts as zero.
+    Which one makes no difference to ``W'``.
     """
     root, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
-    if not failed and bool(torch.isfinite(root).all()):
-        return root
+    return root if not failed and bool(torch.isfinite(root).all()) else symmetric_root(second)
+
+
+def symmetric_root(second: torch.Tensor) -> torch.Tensor:
+    """A root ``L`` with ``L L^T = second``, ``(d, d)`` float64; rounding below zero counts as zero."""
     power, vectors = descending(second)
     return vectors * power.sqrt()
 

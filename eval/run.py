@@ -63,18 +63,11 @@ class _Session:
         self.settings = settings
         self.dtype_name, self.dtype_reason = str(dtype).removeprefix("torch."), dtype_reason
         logger.info("evaluating in %s: %s", self.dtype_name, self.dtype_reason)
-        if processes.count() > 1:
-            processes.of_main(self._fetch)
-        self.texts = [load_text(name) for name in settings.texts]
-        self.manager = task_manager(settings.tasks, settings.online)
+        with processes.main_first():  # what is not in the user's cache yet is brought once
+            self.texts = [load_text(name) for name in settings.texts]
+            self.manager = task_manager(settings.tasks, settings.online)
         self.versions = {name: version(name) for name in _LIBRARIES}
         self.cache = FigureCache(cache_root() / "evaluations")
-
-    def _fetch(self) -> None:
-        """Bring what is not in the user's cache yet, once for all processes."""
-        for name in self.settings.texts:
-            load_text(name)
-        task_manager(self.settings.tasks, self.settings.online)
 
     def perplexity(self, subject: Subject, text: Text) -> PerplexityResult:
         def measure() -> list[Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -36,15 +35,9 @@ LOW_RANK = ["--ratio-scope", "decoder", "--target-ratio", "0.7"]
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def together(count: int, work: Callable[[int], Any], directory: Path) -> list[Any]:
     """What ``work(index)`` gives in each of ``count`` forked processes that a launcher might have started."""
-    port, children = free_port(), []
+    port, children = processes.free_port(), []
     for index in range(count):
         pid = os.fork()
         if pid:
@@ -209,7 +202,15 @@ def test_when_one_dies_the_others_end_cleanly_and_the_job_goes_on(models, text, 
 @pytest.mark.checks_in_fresh_processes
 def test_a_launcher_starts_them_and_they_share_the_evaluation(models, text, tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERPRESS_CACHE", str(tmp_path / "cache"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(processes.free_port()),
+    ]
     given = ["--model", str(models("llama")), "--calibration", str(text), "--recipe", "svd-llm", *SMALL, *LOW_RANK]
     done = subprocess.run(
         [*launch, str(ROOT / "run_pipeline.py"), *given, "--output", str(tmp_path / "out")],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from calibration.moments import GroupCollector, Moments, add_gram
 from compress.methods import METHODS
-from compress.truncation import NotFinite, descending, leading, root_of, truncate
+from compress.truncation import NotFinite, descending, leading, root_of, symmetric_root, truncate
 
 SHAPES = [(24, 40), (40, 24), (30, 30)]
 
@@ -54,7 +54,7 @@ def objective(weight: torch.Tensor, approximation: torch.Tensor, x: torch.Tensor
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cholesky_root_of_and_output_pca_are_one_optimum(shape):
+def test_cholesky_symmetric_root_and_output_pca_are_one_optimum(shape):
     weight, x = problem(*shape)
     second = x.T @ x / len(x)
     rank = 9
@@ -157,9 +157,10 @@ def test_a_zero_layer_is_harmless():
     assert not bool((factors.a @ factors.b).any()) and float(factors.loss[0]) == 0
 
 
-def test_root_of_of_a_singular_moment():
+@pytest.mark.parametrize("function", [symmetric_root, root_of])
+def test_symmetric_root_of_a_singular_moment(function):
     x = torch.randn(3, 8, dtype=torch.float64)
-    root = root_of(x.T @ x)
+    root = function(x.T @ x)
     assert torch.allclose(root @ root.T, x.T @ x, atol=1e-12)
 
 
