@@ -17,7 +17,9 @@ from checkpoint.tensorfile import write_tensors
 from checkpoint.workdir import WorkDirectory
 from compress import output as parts_out
 from compress.plan import Plan
-from eval.report import add_evaluation
+from eval.presets import settings_for
+from eval.report import LM_EVAL, add_evaluation
+from eval.task_files import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK_TOKENS = 16
@@ -81,6 +83,26 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
 
 
+def check_evaluation(source: Path, evaluate: str) -> None:
+    """Refuse what could not be evaluated in the end before anything is computed (UserError)."""
+    if evaluate == "none" or set(settings_for(evaluate).tasks) <= set(TASKS):
+        return
+    command = [sys.executable, "-m", "eval", "--model", str(source), "--evaluate", evaluate, "--dry-run"]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+        check=False,
+    )
+    if done.returncode == 2:
+        raise UserError(f"--evaluate {evaluate}: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+    if done.returncode:
+        raise RuntimeError(f"--evaluate {evaluate} could not be checked:\n{done.stderr}")
+
+
 def evaluate(plan: Plan, output: Path) -> None:
     """Score the output beside the dense model in a process of its own; figures go into its report and card."""
     if plan.recipe.evaluate == "none":
@@ -89,6 +111,7 @@ def evaluate(plan: Plan, output: Path) -> None:
     command: Sequence[str] = [
         *(sys.executable, "-m", "eval", "--model", str(output), "--compare-with", str(plan.source.directory)),
         *("--evaluate", plan.recipe.evaluate, "--output", str(figures)),
+        *("--lm-eval-output", str(output / LM_EVAL)),
         *(["--trust-remote-code"] if plan.recipe.export == "factored" else []),
     ]
     environment = child_environment() | processes.child_environment()

@@ -27,7 +27,7 @@ from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
-from compress.children import check_written, evaluate
+from compress.children import check_evaluation, check_written, evaluate
 from compress.footprint import within
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
@@ -104,6 +104,7 @@ def run(request: Request) -> None:
         if not output.exists():
             check_disk(plan, output, request.work_dir)
             check_allowed(plan.estimate.memory_bytes)
+    processes.of_main(lambda: check_evaluation(source.directory, recipe.evaluate))
     if request.dry_run:
         return
     with Stage("tokenising", 1, "text") as tokenising:

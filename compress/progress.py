@@ -48,6 +48,7 @@ class Stage:
 
     def step(self, count: int = 1) -> None:
         """``count`` more units are done."""
+        count = min(count, self._total - self._done)  # several processes step for one another
         self._done += count
         memory = f"peak memory {peak_bytes() / 1e6:.0f} MB"
         if self._terminal:

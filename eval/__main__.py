@@ -18,9 +18,12 @@ from pathlib import Path
 from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.files import write_json
+from eval.paired import all_paired
+from eval.presets import PRESETS, QUICK, settings_for
 from eval.quiet import quiet_libraries
-from eval.results import QUICK, EvaluationSettings
+from eval.results import EvaluationSettings
 from eval.table import format_table
+from eval.texts import HUB_TEXTS, NAMED_TEXTS
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,19 +39,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate",
         default="quick",
-        metavar="quick|TASK,TASK",
-        help="quick (arc_easy and piqa, 50 documents each), or lm-eval tasks, all documents unless --limit",
+        metavar="PRESET|TASK,TASK",
+        help="; ".join(f"{name}: {about}" for name, (about, _) in PRESETS.items()) + "; or lm-eval tasks and groups",
     )
     parser.add_argument(
         "--text",
         nargs="+",
-        default=list(QUICK.texts),
         metavar="NAME|FILE",
-        help="texts for perplexity: boolq-validation, sciq-validation (both by default), or UTF-8 files",
+        help=f"texts for perplexity: {', '.join((*NAMED_TEXTS, *HUB_TEXTS))}, or UTF-8 files (as the preset says)",
     )
-    parser.add_argument("--windows", type=_positive, default=QUICK.max_windows, metavar="N", help="windows a text (16)")
+    parser.add_argument("--windows", type=_positive, metavar="N", help=f"windows a text ({QUICK.max_windows} of 1024)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="documents a task")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the figures as JSON")
+    parser.add_argument(
+        "--lm-eval-output",
+        type=Path,
+        metavar="DIR",
+        help="where to write the tasks' results in lm-eval's own schema too",
+    )
+    parser.add_argument(
+        "--chat-template", action="store_true", help="put the model's chat template around every document"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="see that the model, the texts and the tasks' documents are there, and stop",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model code that --model brings")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own logs and progress bars")
     return parser.parse_args(arguments)
@@ -63,11 +79,15 @@ def _positive(value: str) -> int:
 
 def settings_of(options: argparse.Namespace) -> EvaluationSettings:
     """What the command line asks to measure."""
-    settings = replace(QUICK, texts=tuple(options.text), max_windows=options.windows)
-    if options.evaluate != "quick":
-        tasks = tuple(filter(None, options.evaluate.split(",")))
-        settings = replace(settings, tasks=tasks, limit=None)
-    return settings if options.limit is None else replace(settings, limit=options.limit)
+    settings = settings_for(options.evaluate)
+    changes = {
+        "texts": None if options.text is None else tuple(options.text),
+        "where_available": None if options.text is None else False,
+        "max_windows": options.windows,
+        "limit": options.limit,
+        "chat_template": options.chat_template or None,
+    }
+    return replace(settings, **{field: value for field, value in changes.items() if value is not None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,13 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.verbose:
         quiet_libraries()
     # Imported here: the libraries read their switches when they load.
-    from eval.run import compare, evaluate
+    from eval.lm_eval_file import write_lm_eval
+    from eval.run import check, compare, evaluate
 
-    settings = settings_of(options)
     try:
+        settings = settings_of(options)
         processes.join()
         if not processes.is_main():
             logging.getLogger("eval").setLevel(logging.WARNING)
+        if options.dry_run:
+            check(options.model, settings, options.trust_remote_code)
+            processes.leave()
+            return 0
         if options.compare_with is None:
             dense, model = None, evaluate(options.model, settings, options.trust_remote_code)
         else:
@@ -104,8 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "settings": asdict(settings),
             "model": model.to_json(),
             "dense": None if dense is None else dense.to_json(),
+            "paired": [] if dense is None else [asdict(item) for item in all_paired(dense, model)],
         }
         write_json(options.output, report)
+    for found, trust in ((dense, False), (model, options.trust_remote_code)) if options.lm_eval_output else ():
+        if found is not None and found.lm_eval:
+            seconds = sum(task.seconds for task in found.tasks)
+            write_lm_eval(options.lm_eval_output, Path(found.model), found.lm_eval, seconds, trust)
     print(format_table(dense, model))
     return 0
 

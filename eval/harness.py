@@ -1,5 +1,6 @@
 """lm-eval tasks on a loaded model: stock tasks, seven of them from offline copies of their documents."""
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from lm_eval import simple_evaluate
+from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, hash_string
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import processes
-from checkpoint.errors import UserError
+from checkpoint.errors import UserError, told
+from compress.progress import Stage
 from eval.offline import ensure
 from eval.results import Metric, TaskResult
 from eval.task_files import TASKS
@@ -35,7 +39,11 @@ def task_manager(tasks: Sequence[str], online: bool = False) -> TaskManager:
     try:
         manager.load(list(tasks))
     except (ConnectionError, FileNotFoundError) as error:
-        raise UserError(f"{error}: evaluate offline tasks ({', '.join(TASKS)}), or mend the network") from error
+        raise UserError(
+            f"{told(error)}: evaluate offline tasks ({', '.join(TASKS)}), or mend the network (or fill the hub's cache)"
+        ) from error
+    except ImportError as error:
+        raise UserError(f"{told(error)}; for the leaderboard: pip install 'lm-eval[ifeval,math]'") from error
     return manager
 
 
@@ -50,13 +58,18 @@ def run_task(
     task: str,
     manager: TaskManager,
     limit: int | None = None,
-) -> list[TaskResult]:
-    """Evaluate one task, or every task of a group, on its first ``limit`` documents.
+    chat_template: bool = False,
+) -> tuple[list[TaskResult], dict[str, Any]]:
+    """Evaluate one task, or every task of a group, on its first ``limit`` documents; few-shot as the task says.
 
-    Log-probabilities are taken from logits turned to float32.
+    Also returns what lm-eval found in its own words, without the documents. Log-probabilities are taken from logits turned
+    to float32. UserError where the model has no chat template to put around the documents.
     """
+    if chat_template and tokenizer.chat_template is None:
+        raise UserError("the model has no chat template: leave --chat-template out")
     started = time.monotonic()
     wrapped = _Harness(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH, softmax_dtype=torch.float32)
+    wrapped.name = task
     found = simple_evaluate(
         model=wrapped,
         tasks=[task],
@@ -64,14 +77,32 @@ def run_task(
         limit=limit,
         cache_requests=False,
         log_samples=True,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
     )
     seconds = round(time.monotonic() - started, 2)
     offline = set(TASKS) if has_offline_copies(manager) else set()
-    return processes.of_main(lambda: [_task_result(found, name, name in offline, seconds) for name in found["samples"]])
+
+    def told_by_main() -> tuple[list[TaskResult], dict[str, Any]]:
+        samples = found.pop("samples")
+        found["chat_template"] = tokenizer.chat_template if chat_template else None
+        found["fewshot_as_multiturn"] = chat_template
+        found["task_hashes"] = {
+            name: hash_string(
+                "".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in documents)
+            )
+            for name, documents in samples.items()
+        }
+        plain = json.loads(json.dumps(found, default=handle_non_serializable))
+        return [_task_result(found, samples[name], name, name in offline, seconds) for name in samples], plain
+
+    return processes.of_main(told_by_main)
 
 
 class _Harness(HFLM):
-    """The stock wrapper without its progress bar, which ignores tqdm's own switch; several processes share the documents."""
+    """The stock wrapper with our line of progress in the place of its bar; several processes share the documents."""
+
+    name = ""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -80,10 +111,31 @@ class _Harness(HFLM):
             self._rank, self._world_size = processes.index(), processes.count()
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        with self._progress(requests):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        with self._progress(requests):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    def _progress(self, requests: Any) -> Stage:
+        stage = Stage(self.name, len(requests), "answers")
+        self.set_cache_hook(_Answered(stage))
+        return stage
 
 
-def _task_result(found: Any, name: str, offline: bool, seconds: float) -> TaskResult:
+class _Answered(CacheHook):
+    """lm-eval tells its cache of every answer; this one only counts them."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(None)
+        self._stage = stage
+
+    def add_partial(self, *answer: Any) -> None:
+        self._stage.step()
+
+
+def _task_result(found: Any, samples: Any, name: str, offline: bool, seconds: float) -> TaskResult:
     """One leaf task of lm-eval's results, where metrics are keyed "metric,filter"."""
     values = found["results"][name]
     metrics: dict[str, Metric] = {}
@@ -93,7 +145,7 @@ def _task_result(found: Any, name: str, offline: bool, seconds: float) -> TaskRe
             error = values.get(f"{metric}_stderr,{kind}")
             label = metric if kind == "none" else key
             metrics[label] = Metric(value, error if isinstance(error, float) else None)
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
     numeric = [key for key in samples[0]["metrics"] if isinstance(samples[0][key], int | float)]
     return TaskResult(
         task=name,

@@ -8,6 +8,7 @@ A window of n tokens predicts n - 1. Losses are summed from float32 logits, what
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import processes
 from checkpoint.errors import UserError
+from compress.progress import Stage
 from eval.results import DivergenceResult, PerplexityResult
 from eval.texts import Text
 
@@ -43,7 +45,12 @@ def perplexity(
     """The model's perplexity on the text. UserError where the text is too short or the loss is not finite."""
     started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
-    (nats,) = processes.added_up([sum(_loss(_logits(model, ids), ids) for ids in _own(windows))])
+    nats = 0.0
+    with Stage(Path(text.name).name, len(windows), "windows") as stage:
+        for ids in _own(windows):
+            nats += _loss(_logits(model, ids), ids)
+            stage.step(processes.count())
+    (nats,) = processes.added_up([nats])
     return _result(text, windows, nats, time.monotonic() - started)
 
 
@@ -60,14 +67,16 @@ def divergence(
     started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
     dense_nats = compressed_nats = kl_nats = 0.0
-    for ids in _own(windows):
-        dense_logits, compressed_logits = _logits(dense, ids), _logits(compressed, ids)
-        if dense_logits.shape != compressed_logits.shape:
-            sizes = f"{dense_logits.shape[-1]} and {compressed_logits.shape[-1]} tokens"
-            raise UserError(f"the models have vocabularies of {sizes}: compare models of one vocabulary")
-        dense_nats += _loss(dense_logits, ids)
-        compressed_nats += _loss(compressed_logits, ids)
-        kl_nats += _kl(dense_logits, compressed_logits)
+    with Stage(Path(text.name).name, len(windows), "windows") as stage:
+        for ids in _own(windows):
+            dense_logits, compressed_logits = _logits(dense, ids), _logits(compressed, ids)
+            if dense_logits.shape != compressed_logits.shape:
+                sizes = f"{dense_logits.shape[-1]} and {compressed_logits.shape[-1]} tokens"
+                raise UserError(f"the models have vocabularies of {sizes}: compare models of one vocabulary")
+            dense_nats += _loss(dense_logits, ids)
+            compressed_nats += _loss(compressed_logits, ids)
+            kl_nats += _kl(dense_logits, compressed_logits)
+            stage.step(processes.count())
     dense_nats, compressed_nats, kl_nats = processes.added_up([dense_nats, compressed_nats, kl_nats])
     seconds = time.monotonic() - started
     before = _result(text, windows, dense_nats, seconds)
@@ -79,8 +88,25 @@ def divergence(
         tokens=after.tokens,
         kl_nats_per_token=kl_nats / after.tokens,
         excess_nats_per_token=after.nats_per_token - before.nats_per_token,
+        error_after_layer=error_after_layer(dense, compressed, windows[0]),
     )
     return before, after, measured
+
+
+@torch.no_grad()
+def error_after_layer(dense: PreTrainedModel, compressed: PreTrainedModel, ids: torch.Tensor) -> list[float]:
+    """``‖h' − h‖ / ‖h‖`` of the residual stream after each decoder layer on one window of ``ids``; empty if depths differ.
+
+    The last is taken after the final norm, as the models give it.
+    """
+    states = [
+        model(input_ids=ids[None].to(model.device), use_cache=False, output_hidden_states=True).hidden_states
+        for model in (dense, compressed)
+    ]
+    if len(states[0]) != len(states[1]):
+        return []
+    pairs = [(before.float(), after.float()) for before, after in zip(*states, strict=True)][1:]
+    return [float((after - before).norm() / before.norm()) for before, after in pairs]
 
 
 def _own(windows: torch.Tensor) -> torch.Tensor:

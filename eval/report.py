@@ -14,6 +14,7 @@ from checkpoint.files import write_json, write_text
 
 REPORT = "report.json"
 CARD = "README.md"
+LM_EVAL = "lm_eval"  # the folder with what lm-eval itself would have written
 
 
 def write_report(

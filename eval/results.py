@@ -1,12 +1,15 @@
 """What an evaluation is asked and what it finds: plain data, to JSON and back."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure. ``max_windows`` and ``limit`` None mean the whole text and every document."""
+    """What to measure. ``max_windows`` and ``limit`` None mean the whole text and every document.
+
+    With ``where_available`` a text that cannot be had is left out, and named in the figures; else that is an error.
+    """
 
     texts: tuple[str, ...] = ("boolq-validation", "sciq-validation")
     window: int = 1024
@@ -14,9 +17,10 @@ class EvaluationSettings:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     online: bool = False  # take the seven offline tasks from the hub, as stock lm-eval does
-
-
-QUICK = EvaluationSettings(tasks=("arc_easy", "piqa"), limit=50)
+    chat_template: bool = (
+        False  # put the model's chat template around every document, as leaderboards do for chat models
+    )
+    where_available: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,11 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class DivergenceResult:
-    """KL(dense || compressed) and the loss over the dense model's, both in nats per predicted token."""
+    """KL(dense || compressed) and the loss over the dense model's, both in nats per predicted token.
+
+    ``error_after_layer`` is how far the residual stream is off after each decoder layer, ``‖h' − h‖ / ‖h‖`` over the first
+    window; empty where the models have different numbers of layers.
+    """
 
     text: str
     window: int
@@ -48,6 +56,7 @@ class DivergenceResult:
     tokens: int
     kl_nats_per_token: float
     excess_nats_per_token: float
+    error_after_layer: list[float]
     cached: bool = False
 
     @classmethod
@@ -83,8 +92,19 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A text that could not be measured, and why."""
+
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """All figures of one model directory; ``divergences`` only of a model compared with a dense one."""
+    """All figures of one model directory; ``divergences`` only of a model compared with a dense one.
+
+    ``lm_eval`` is what lm-eval itself would have written of the tasks, without the documents (empty without tasks).
+    """
 
     model: str
     fingerprint: str
@@ -94,7 +114,11 @@ class Evaluation:
     perplexities: tuple[PerplexityResult, ...]
     tasks: tuple[TaskResult, ...]
     divergences: tuple[DivergenceResult, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    lm_eval: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
+        """Plain JSON data, without what has a file of its own (eval/lm_eval_file.py)."""
+        data = asdict(self)
+        del data["lm_eval"]
+        return data

@@ -14,16 +14,24 @@ from checkpoint import processes
 from checkpoint.errors import UserError
 from eval.cache import FigureCache, cache_root
 from eval.harness import has_offline_copies, run_task, task_manager
+from eval.lm_eval_file import merged
 from eval.models import Subject, evaluation_dtype
 from eval.perplexity import divergence, perplexity
-from eval.results import DivergenceResult, Evaluation, EvaluationSettings, PerplexityResult, TaskResult
+from eval.results import DivergenceResult, Evaluation, EvaluationSettings, Missing, PerplexityResult, TaskResult
 from eval.texts import Text, load_text
 
 logger = logging.getLogger(__name__)
 
 # Raise when a change here changes a figure: figures cached under another number are not found.
-_PROTOCOL = 1
+_PROTOCOL = 2
 _LIBRARIES = ("torch", "transformers", "lm-eval")
+
+
+def check(model_dir: Path, settings: EvaluationSettings, trust_remote_code: bool = False) -> None:
+    """Raise UserError for what would stop an evaluation before its first figure; measures nothing."""
+    dtype, reason = evaluation_dtype()
+    Subject(model_dir, dtype, trust_remote_code)
+    _Session(settings, dtype, reason)
 
 
 def evaluate(model_dir: Path, settings: EvaluationSettings, trust_remote_code: bool = False) -> Evaluation:
@@ -32,7 +40,7 @@ def evaluate(model_dir: Path, settings: EvaluationSettings, trust_remote_code: b
     subject = Subject(model_dir, dtype, trust_remote_code)
     session = _Session(settings, dtype, reason)
     perplexities = [session.perplexity(subject, text) for text in session.texts]
-    return session.evaluation(subject, perplexities, session.tasks(subject))
+    return session.evaluation(subject, perplexities, *session.tasks(subject))
 
 
 def compare(
@@ -51,8 +59,8 @@ def compare(
     compressed.release()
     before = session.tasks(dense)
     return (
-        session.evaluation(dense, [pair[0] for pair in pairs], before),
-        session.evaluation(compressed, [pair[1] for pair in pairs], after, [pair[2] for pair in pairs]),
+        session.evaluation(dense, [pair[0] for pair in pairs], *before),
+        session.evaluation(compressed, [pair[1] for pair in pairs], *after, [pair[2] for pair in pairs]),
     )
 
 
@@ -64,7 +72,7 @@ class _Session:
         self.dtype_name, self.dtype_reason = str(dtype).removeprefix("torch."), dtype_reason
         logger.info("evaluating in %s: %s", self.dtype_name, self.dtype_reason)
         with processes.main_first():  # what is not in the user's cache yet is brought once
-            self.texts = [load_text(name) for name in settings.texts]
+            self.texts, self.missing = _texts(settings)
             self.manager = task_manager(settings.tasks, settings.online)
         self.versions = {name: version(name) for name in _LIBRARIES}
         self.cache = FigureCache(cache_root() / "evaluations")
@@ -105,20 +113,26 @@ class _Session:
             DivergenceResult.from_json(measured),
         )
 
-    def tasks(self, subject: Subject) -> list[TaskResult]:
-        return [result for task in self.settings.tasks for result in self._task(subject, task)]
+    def tasks(self, subject: Subject) -> tuple[list[TaskResult], dict[str, Any]]:
+        """Every task's figures, and lm-eval's own words of them."""
+        found = [self._task(subject, task) for task in self.settings.tasks]
+        return [result for results, _ in found for result in results], merged([told for _, told in found])
 
-    def _task(self, subject: Subject, task: str) -> list[TaskResult]:
-        limit = self.settings.limit
+    def _task(self, subject: Subject, task: str) -> tuple[list[TaskResult], dict[str, Any]]:
+        limit, chat_template = self.settings.limit, self.settings.chat_template
 
         def measure() -> list[Any]:
-            results = run_task(subject.model, subject.tokenizer, task, self.manager, limit)
-            return [[asdict(result) for result in results]]
+            results, told = run_task(subject.model, subject.tokenizer, task, self.manager, limit, chat_template)
+            return [{"tasks": [asdict(result) for result in results], "lm_eval": told}]
 
-        offline = has_offline_copies(self.manager)
-        key = self._key("task", subject) | {"task": task, "limit": limit, "offline": offline}
-        [figures], marks = self._figures(f"{subject.directory.name}: {task}", [key], measure)
-        return [TaskResult.from_json(figure | marks) for figure in figures]
+        key = self._key("task", subject) | {
+            "task": task,
+            "limit": limit,
+            "offline": has_offline_copies(self.manager),
+            "chat_template": chat_template,
+        }
+        [figure], marks = self._figures(f"{subject.directory.name}: {task}", [key], measure)
+        return [TaskResult.from_json(result | marks) for result in figure["tasks"]], figure["lm_eval"]
 
     def _figures(
         self, what: str, keys: list[dict[str, Any]], measure: Callable[[], list[Any]]
@@ -139,6 +153,7 @@ class _Session:
         subject: Subject,
         perplexities: Sequence[PerplexityResult],
         tasks: Sequence[TaskResult],
+        lm_eval: dict[str, Any],
         divergences: Sequence[DivergenceResult] = (),
     ) -> Evaluation:
         return Evaluation(
@@ -150,6 +165,8 @@ class _Session:
             perplexities=tuple(perplexities),
             tasks=tuple(tasks),
             divergences=tuple(divergences),
+            missing=tuple(self.missing),
+            lm_eval=lm_eval,
         )
 
     def _window(self, subject: Subject) -> int:
@@ -173,6 +190,20 @@ class _Session:
     def _text_key(self, kind: str, text: Text, *subjects: Subject) -> dict[str, Any]:
         settings = {"window": self.settings.window, "max_windows": self.settings.max_windows}
         return self._key(kind, *subjects) | {"text": text.sha256} | settings
+
+
+def _texts(settings: EvaluationSettings) -> tuple[list[Text], list[Missing]]:
+    """The texts, and which of them cannot be had where that is allowed."""
+    texts, missing = list[Text](), list[Missing]()
+    for name in settings.texts:
+        try:
+            texts.append(load_text(name))
+        except UserError as error:
+            if not settings.where_available:
+                raise
+            logger.warning("not measured: %s: %s", name, error)
+            missing.append(Missing(name, str(error)))
+    return texts, missing
 
 
 def _same_tokens(dense: Subject, compressed: Subject, text: Text) -> None:

@@ -1,7 +1,6 @@
 """The table of an evaluation, as people see it."""
 
-import math
-
+from eval.paired import paired
 from eval.results import DivergenceResult, Evaluation, Metric, PerplexityResult, TaskResult
 
 
@@ -9,7 +8,7 @@ def format_table(dense: Evaluation | None, compressed: Evaluation) -> str:
     """Perplexities and task metrics, beside the dense model's where there is one.
 
     The last column is the excess loss in nats per token for a text; for a task, the difference and the
-    standard error of the paired differences, document by document.
+    standard error of the paired differences, document by document, and how many answers turned right and wrong.
     """
     if dense is None:
         rows = [["", "model"]]
@@ -27,18 +26,6 @@ def format_table(dense: Evaluation | None, compressed: Evaluation) -> str:
                 values = [_metric(task.metrics[name]) for task in (old, new)]
                 rows.append([_task_label(new, name), *values, _difference(old, new, name)])
     return "\n".join([_aligned(rows), *_notes(compressed)])
-
-
-def paired_difference(dense: TaskResult, compressed: TaskResult, metric: str) -> Metric | None:
-    """Mean and standard error of compressed - dense over the documents; None where values are not kept."""
-    before, after = dense.per_document.get(metric), compressed.per_document.get(metric)
-    if before is None or after is None or len(before) < 2:
-        return None
-    differences = [new - old for old, new in zip(before, after, strict=True)]
-    count = len(differences)
-    mean = sum(differences) / count
-    variance = sum((difference - mean) ** 2 for difference in differences) / (count - 1)
-    return Metric(mean, math.sqrt(variance / count))
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -68,10 +55,11 @@ def _metric(metric: Metric) -> str:
 
 
 def _difference(old: TaskResult, new: TaskResult, metric: str) -> str:
-    paired = paired_difference(old, new, metric)
-    if paired is None:
+    found = paired(old, new, metric)
+    if found is None:
         return f"{new.metrics[metric].value - old.metrics[metric].value:+.3f}"
-    return f"{paired.value:+.3f} ± {paired.standard_error:.3f} (paired)"
+    flips = "" if found.gained is None else f", {found.gained} right now, {found.lost} wrong now"
+    return f"{found.difference:+.3f} ± {found.standard_error:.3f} (paired{flips})"
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
@@ -86,4 +74,5 @@ def _notes(evaluation: Evaluation) -> list[str]:
         + (", offline copy" if result.offline_copy else "")
         for result in evaluation.tasks
     ]
+    notes += [f"not measured: {item.text}: {item.reason}" for item in evaluation.missing]
     return [*notes, f"in {evaluation.dtype}: {evaluation.dtype_reason}"]

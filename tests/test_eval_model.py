@@ -2,24 +2,30 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from lm_eval.result_schema import EvalResults
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table, sanitize_model_name
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoint.errors import UserError
 from eval import run
 from eval.__main__ import main
+from eval.lm_eval_file import merged, write_lm_eval
 from eval.models import Subject, evaluation_dtype
-from eval.perplexity import divergence, perplexity, token_windows
+from eval.perplexity import divergence, error_after_layer, perplexity, token_windows
+from eval.presets import PRESETS, QUICK, settings_for
 from eval.results import EvaluationSettings
 from eval.run import compare, evaluate
 from eval.table import format_table
 from eval.task_files import task_yaml
-from eval.texts import Text
+from eval.texts import Text, load_text
 
 WORDS = [f"w{number}" for number in range(50)]
 TEXT = Text("words", " ".join(random.Random(0).choices(WORDS, k=100)))
@@ -171,6 +177,7 @@ def test_figures_come_from_the_cache_the_second_time(
     assert second.perplexities[0].nats_per_token == first.perplexities[0].nats_per_token
     assert second.tasks[0].metrics == task.metrics
     assert [path.suffix for path in (cache / "evaluations").iterdir()] == [".json", ".json"]
+    assert second.lm_eval == first.lm_eval
 
 
 def test_an_interrupted_evaluation_goes_on(
@@ -192,7 +199,7 @@ def test_the_table_has_both_models(cache: Path, dense: Path, compressed: Path, s
     [alone] = evaluate(dense, settings).perplexities
     assert alone.cached and alone.nats_per_token == before.perplexities[0].nats_per_token
     table = format_table(before, after)
-    assert "excess" in table and "KL" in table and "(paired)" in table
+    assert "excess" in table and "KL" in table and "right now" in table
     assert "3 windows of 16, stride 16, 45 tokens predicted" in table
     assert "piqa: 3 documents, 0-shot, offline copy" in table
 
@@ -227,7 +234,86 @@ def test_the_command_writes_json_and_prints_the_table(
     assert f"perplexity {text}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [["--model", "absent"], ["--text", "absent.txt"], ["--evaluate", "arc_none"]])
+def test_lm_eval_reads_the_results_as_its_own(
+    cache: Path, dense: Path, settings: EvaluationSettings, tmp_path: Path
+) -> None:
+    evaluation = evaluate(dense, replace(settings, tasks=("piqa",)))
+    path = write_lm_eval(tmp_path / "lm_eval", dense, evaluation.lm_eval, 1.5, False)
+    assert path.parent.name == sanitize_model_name(str(dense)) and path.match("results_*.json")
+    results = json.loads(path.read_text())
+    assert "piqa" in make_table(results) and "acc_norm" in make_table(results)
+    own = EvalResults.__annotations__  # the fields of lm-eval's own type
+    assert {name for name in own if name not in results} <= {"samples", "groups"}
+    assert results["config"]["model_args"] == {"pretrained": str(dense)}
+    assert results["n-samples"]["piqa"]["effective"] == 3
+
+
+def test_tasks_one_at_a_time_are_merged_as_if_together() -> None:
+    one = {"results": {"a": 1}, "versions": {"a": 0}, "date": 1}
+    other = {"results": {"b": 2}, "versions": {"b": 0}, "groups": {"g": 3}, "date": 2}
+    both = {"results": {"a": 1, "b": 2}, "versions": {"a": 0, "b": 0}, "groups": {"g": 3}, "date": 2}
+    assert merged([one, other]) == both
+    assert merged([]) == {}
+
+
+def test_the_error_of_a_layer_is_relative_to_the_dense_state(dense: Path, compressed: Path) -> None:
+    one, other = _loaded(dense), _loaded(compressed)
+    ids = torch.arange(8)
+    errors = error_after_layer(one.model, other.model, ids)
+    with torch.no_grad():
+        before, after = (model.model(ids[None]).last_hidden_state for model in (one.model, other.model))
+    assert len(errors) == 2
+    assert errors[-1] == pytest.approx(float((after - before).norm() / before.norm()))
+    assert error_after_layer(one.model, one.model, ids) == [0, 0]
+
+
+def test_a_text_of_the_hub_is_joined_as_the_papers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(repository: str, **arguments: object) -> datasets.Dataset:
+        asked.append((repository, arguments))
+        return datasets.Dataset.from_dict({"text": ["one", "", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_text("wikitext-2").content == "one\n\n\n\ntwo"
+    assert load_text("c4").content == "one  two"
+    assert asked[0] == ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"})
+
+
+def test_what_cannot_be_had_is_named_where_that_is_allowed(
+    cache: Path, dense: Path, settings: EvaluationSettings
+) -> None:
+    wanted = replace(settings, texts=("ptb", *settings.texts), tasks=())
+    with pytest.raises(UserError, match="ptb_text_only cannot be had"):
+        evaluate(dense, wanted)
+    found = evaluate(dense, replace(wanted, where_available=True))
+    assert [item.text for item in found.missing] == ["ptb"] and len(found.perplexities) == 1
+    assert "not measured: ptb" in format_table(None, found)
+
+
+def test_a_chat_template_that_is_not_there_is_an_error(cache: Path, dense: Path, settings: EvaluationSettings) -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        evaluate(dense, replace(settings, chat_template=True))
+
+
+def test_presets_are_tasks_that_lm_eval_has() -> None:
+    assert settings_for("papers").where_available and len(settings_for("papers").tasks) == 7
+    assert settings_for("arc_easy, piqa") == replace(QUICK, tasks=("arc_easy", "piqa"), limit=None)
+    with pytest.raises(UserError, match="names nothing"):
+        settings_for(",")
+    known = TaskManager().all_tasks
+    assert all(task in known for _, settings in PRESETS.values() for task in settings.tasks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--model", "absent"],
+        ["--text", "absent.txt"],
+        ["--evaluate", "arc_none"],
+        ["--evaluate", "arc_none", "--dry-run"],
+    ],
+)
 def test_the_command_tells_a_users_error_in_one_line(
     cache: Path,
     dense: Path,

@@ -175,7 +175,7 @@ def test_the_offline_command_tells_it_in_one_line(
 
 
 def test_a_text_that_is_no_file_or_not_utf8_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="boolq-validation or sciq-validation"):
+    with pytest.raises(UserError, match="boolq-validation, sciq-validation"):
         load_text(str(tmp_path / "absent.txt"))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\xff")
