@@ -164,3 +164,39 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                 }
             )
     return rows
+
+
+CURVE_POINTS = 24
+
+
+def curves(plan: Plan, collected: Collected) -> list[dict[str, Any]]:
+    """Loss against size of every linear that has losses, for the report's plots.
+
+    Of the menu what nothing smaller beats, thinned to ``CURVE_POINTS``; sizes are parts of the dense bytes, losses of dropping all.
+    """
+    found = []
+    for linear in plan.units:
+        losses = collected.loss.get(linear.name, ())
+        if not losses or not math.isfinite(losses[0]) or losses[0] <= 0:
+            continue
+        whole, least, best = losses[0], math.inf, list[tuple[float, float]]()
+        for size, loss in zip(plan.recipe.storage.sizes(linear), losses, strict=False):
+            if 0 < loss < least:
+                least = loss
+                best.append((round(size / linear.nbytes, 4), float(f"{loss / whole:.4g}")))
+        step = max((len(best) - 1) / (CURVE_POINTS - 1), 1.0)
+        kept = sorted({round(index * step) for index in range(CURVE_POINTS)} & set(range(len(best))))
+        choice, loss_there = plan.choices[linear.name], loss_at(plan, collected, linear)
+        cut = choice is not None and choice != REMOVED and bool(loss_there)
+        found.append(
+            {
+                "name": linear.name,
+                "role": linear.role,
+                "layer": linear.layer,
+                "points": [best[index] for index in kept],
+                "chosen": (round(plan.recipe.storage.nbytes(linear, choice) / linear.nbytes, 4), loss_there / whole)
+                if cut and loss_there
+                else None,
+            }
+        )
+    return found

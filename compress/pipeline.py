@@ -297,6 +297,7 @@ def produce(
         fingerprint=identity,
         windows=None if windows is None else windows.provenance,
         rows=parts_out.matrix_rows(plan, work, collected),
+        curves=parts_out.curves(plan, collected),
         predicted=predicted,
         mended=parts_out.mended(plan, work),
         stages=[item.as_dict() | {"planned_bytes": planned[item.name]} for item in stages],

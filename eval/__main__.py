@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.files import write_json
 from eval.paired import all_paired
@@ -98,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.verbose:
         quiet_libraries()
     # Imported here: the libraries read their switches when they load.
+    from checkpoint import processes
     from eval.lm_eval_file import write_lm_eval
     from eval.run import check, compare, evaluate
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -20,6 +20,9 @@ from compress.progress import Stage
 from eval.offline import ensure
 from eval.results import Metric, TaskResult
 from eval.task_files import TASKS
+
+# lm-eval would ask git about the directory in which the user happens to stand, and git complains on the terminal where it is no repository
+evaluator.get_git_commit_hash = lambda: None
 
 # Fixed, because the shape of a batch changes the last bits of bfloat16 logits: same flags, same figures.
 _BATCH = 8

@@ -43,15 +43,14 @@ def perplexity(
     max_windows: int | None = None,
 ) -> PerplexityResult:
     """The model's perplexity on the text. UserError where the text is too short or the loss is not finite."""
-    started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
-    nats = 0.0
+    forward, nats = _Forward(model), 0.0
     with Stage(Path(text.name).name, len(windows), "windows") as stage:
         for ids in _own(windows):
-            nats += _loss(_logits(model, ids), ids)
+            nats += _loss(forward.logits(ids), ids)
             stage.step(processes.count())
     (nats,) = processes.added_up([nats])
-    return _result(text, windows, nats, time.monotonic() - started)
+    return _result(text, windows, nats, forward.seconds)
 
 
 @torch.no_grad()
@@ -64,12 +63,12 @@ def divergence(
     max_windows: int | None = None,
 ) -> tuple[PerplexityResult, PerplexityResult, DivergenceResult]:
     """Both models' perplexities (dense, compressed) and KL(dense || compressed), from one forward of each."""
-    started = time.monotonic()
     windows = token_windows(tokenizer, text, window, max_windows)
+    of_dense, of_compressed = _Forward(dense), _Forward(compressed)
     dense_nats = compressed_nats = kl_nats = 0.0
     with Stage(Path(text.name).name, len(windows), "windows") as stage:
         for ids in _own(windows):
-            dense_logits, compressed_logits = _logits(dense, ids), _logits(compressed, ids)
+            dense_logits, compressed_logits = of_dense.logits(ids), of_compressed.logits(ids)
             if dense_logits.shape != compressed_logits.shape:
                 sizes = f"{dense_logits.shape[-1]} and {compressed_logits.shape[-1]} tokens"
                 raise UserError(f"the models have vocabularies of {sizes}: compare models of one vocabulary")
@@ -78,9 +77,8 @@ def divergence(
             kl_nats += _kl(dense_logits, compressed_logits)
             stage.step(processes.count())
     dense_nats, compressed_nats, kl_nats = processes.added_up([dense_nats, compressed_nats, kl_nats])
-    seconds = time.monotonic() - started
-    before = _result(text, windows, dense_nats, seconds)
-    after = _result(text, windows, compressed_nats, seconds)
+    before = _result(text, windows, dense_nats, of_dense.seconds)
+    after = _result(text, windows, compressed_nats, of_compressed.seconds)
     measured = DivergenceResult(
         text=text.name,
         window=window,
@@ -114,11 +112,20 @@ def _own(windows: torch.Tensor) -> torch.Tensor:
     return windows[processes.index() :: processes.count()]
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits ``(window - 1, vocabulary)`` that predict a window's tokens but its first."""
-    # The model's own forward, head included: softcaps and logit scales live there.
-    logits: torch.Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits
-    return logits[0, :-1]
+class _Forward:
+    """A model that runs windows, and the seconds that it took."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.seconds = 0.0
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits ``(window - 1, vocabulary)`` that predict a window's tokens but its first."""
+        started = time.monotonic()
+        # The model's own forward, head included: softcaps and logit scales live there.
+        logits: torch.Tensor = self._model(input_ids=ids[None].to(self._model.device), use_cache=False).logits
+        self.seconds += time.monotonic() - started
+        return logits[0, :-1]
 
 
 def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:

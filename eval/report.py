@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoint: report.json, matrices.csv, recipe.yaml and a README model card."""
+"""What a run leaves beside its checkpoint: report.html, report.json, matrices.csv, curves.json, recipe.yaml and a README model card."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from checkpoint.files import write_json, write_text
+from eval.report_page import CURVES, PAGE, page_of
 
 REPORT = "report.json"
 CARD = "README.md"
@@ -24,6 +25,7 @@ def write_report(
     fingerprint: dict[str, Any],
     windows: dict[str, Any] | None,
     rows: list[dict[str, Any]],
+    curves: list[dict[str, Any]],
     predicted: float | None,
     mended: dict[str, int],
     stages: list[dict[str, Any]],
@@ -54,8 +56,10 @@ def write_report(
     writer.writerows(rows)
     write_text(directory / "matrices.csv", table.getvalue())
     write_text(directory / "recipe.yaml", yaml.safe_dump(plan.recipe.as_dict(), sort_keys=False, allow_unicode=True))
+    write_json(directory / CURVES, curves)
     write_json(directory / REPORT, report)
     write_text(directory / CARD, card(report, None))
+    write_text(directory / PAGE, page_of(directory))
 
 
 def add_evaluation(directory: Path, table: str) -> None:
@@ -64,6 +68,7 @@ def add_evaluation(directory: Path, table: str) -> None:
     report["evaluation"] = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
     write_json(directory / REPORT, report)
     write_text(directory / CARD, card(report, table))
+    write_text(directory / PAGE, page_of(directory))
 
 
 def card(report: dict[str, Any], table: str | None) -> str:
@@ -119,6 +124,7 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 | bits per original decoder weight | {sizes["bits_per_decoder_weight"]:.3f} |
 | ranks removed (of all ranks; the papers' ERR) | {sizes["effective_rank_reduction"]:.4f} |
 
+`report.html` shows all of this and more: a browser is all it needs.
 The rank and error of every matrix are in `matrices.csv`, everything else in `report.json`.
 {"Left dense:" + chr(10) + left if left else ""}
 ## Quality

@@ -25,7 +25,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Mean loss of ``tokens`` predicted tokens of a text, in nats per token, and its exponential."""
+    """Mean loss of ``tokens`` predicted tokens of a text, in nats per token, and its exponential.
+
+    ``seconds`` are those of the forward passes, of one process where several share the windows.
+    """
 
     text: str
     window: int
