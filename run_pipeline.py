@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import re
 import shlex
 import signal
@@ -18,12 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# threads that spin while they wait make everything several times slower as soon as a core has other work
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# a layer's tensors are in memory when transformers places them: threads for that gain nothing, and one that cannot start for want
-# of memory is waited for without end
-os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+import checkpoint.environment  # noqa: F401  before anything that reads it
 
 # what a disk may do in the middle of a run, and the remedy
 DISK = {
@@ -130,7 +124,7 @@ def list_recipes() -> None:
 def run(options: argparse.Namespace, command: str) -> None:
     """Options to a request, and do it."""
     from checkpoint.errors import UserError
-    from compress.pipeline import Request
+    from compress.pipeline import make_request
     from compress.pipeline import run as run_request
     from compress.recipe import CHOICES, NUMBERS, load_recipe
 
@@ -139,18 +133,13 @@ def run(options: argparse.Namespace, command: str) -> None:
     recipe = load_recipe(options.recipe).override({field: getattr(options, field, None) for field in fields})
     if not options.model or not options.target_ratio:
         raise UserError("--model and --target-ratio are needed; see --help")
-    ratios = tuple(dict.fromkeys(options.target_ratio))
-    suffix = f"-{ratios[0]:.2f}" if len(ratios) == 1 else ""
-    name = Path(options.model.rstrip("/")).name or "model"
-    output = options.output or Path(f"{name}-{recipe.name}{suffix}")
-    work = options.work_dir or output.with_name(output.name + ".work")
     run_request(
-        Request(
-            model=options.model,
-            ratios=ratios,
-            recipe=recipe,
-            output=output,
-            work_dir=work,
+        make_request(
+            options.model,
+            options.target_ratio,
+            recipe,
+            options.output,
+            options.work_dir,
             memory_limit=options.memory_limit,
             fresh=options.fresh,
             dry_run=options.dry_run,

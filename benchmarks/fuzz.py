@@ -166,7 +166,7 @@ class Bench:
 
         path = self.directory / f"text{ending}"
         path.write_bytes(data)
-        for _ in read_text(str(path)):
+        for _ in read_text(str(path), None):
             pass
 
     def record(self, data: bytes) -> None:

@@ -2,7 +2,8 @@
 
 Policy: documents are joined by a blank line, tokenised without special tokens as one stream, cut into
 windows of equal length that do not overlap, and the asked number of windows is drawn by the seed from
-the first ``POOL`` times as many (or from all there are). Nothing is padded and no BOS is inserted.
+the first ``POOL`` times as many (or from all there are). Nothing is padded and no BOS is inserted; conversations are written
+out by the chat template first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from checkpoint.errors import UserError, told
@@ -37,21 +39,22 @@ class Windows:
         return self.ids.numel()
 
 
-def read_text(calibration: str) -> Iterator[str]:
-    """Pieces of text from a UTF-8 file, a .jsonl or .parquet file with a field ``text``, or a dataset.
+def read_text(calibration: str, tokenizer: Any) -> Iterator[str]:
+    """Pieces of text from a UTF-8 file, a .jsonl or .parquet file with a field ``text`` or ``messages``, or a dataset.
 
-    A dataset is named ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` (split ``train`` by default).
-    Raises UserError where that cannot be read as text.
+    A dataset is named ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT`` (split ``train`` by default). ``messages`` are
+    conversations, lists of ``{"role": ..., "content": ...}``, which the tokenizer's chat template writes out. Raises UserError
+    where that cannot be read as text.
     """
     path = Path(calibration).expanduser()
     if path.is_dir():
         raise UserError(f"calibration text {calibration} is a directory; name a .txt, .jsonl or .parquet file")
     if not path.exists():
-        return _documents(_dataset(calibration), calibration)
+        return _documents(_dataset(calibration), calibration, tokenizer)
     if path.suffix == ".jsonl":
-        return _documents(_json_lines(path), calibration)
+        return _documents(_json_lines(path), calibration, tokenizer)
     if path.suffix == ".parquet":
-        return _documents(_parquet(path), calibration)
+        return _documents(_parquet(path), calibration, tokenizer)
     return _plain(path)
 
 
@@ -109,16 +112,34 @@ def _dataset(name: str) -> Iterator[Any]:
         ) from problem
 
 
-def _documents(records: Iterator[Any], name: str) -> Iterator[str]:
+def _documents(records: Iterator[Any], name: str, tokenizer: Any) -> Iterator[str]:
     for record in records:
-        text = record.get("text") if isinstance(record, dict) else None
+        fields = record if isinstance(record, dict) else {}
+        text = fields.get("text")
+        if text is None and isinstance(fields.get("messages"), list):
+            text = _conversation(fields["messages"], name, tokenizer)
         if not isinstance(text, str):
-            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            told_fields = ", ".join(fields) or type(record).__name__
             raise UserError(
-                f"a record of {name} has no field 'text' (it has {fields}); rename the field that holds the text"
+                f"a record of {name} has no field 'text' or 'messages' (it has {told_fields}); rename the field that holds the text"
             )
         if text:
             yield text + "\n\n"
+
+
+def _conversation(messages: list[Any], name: str, tokenizer: Any) -> str:
+    """A conversation as the model's chat template writes it out; special tokens are in its text."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{name} holds conversations, but the tokenizer has no chat template; give a field 'text' instead"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(
+            f"the chat template cannot write out a conversation of {name} ({told(problem)}); "
+            "give messages as a list of {role, content}"
+        ) from problem
 
 
 def make_windows(tokenizer: Any, texts: Sequence[str], tokens: int, length: int, seed: int, vocabulary: int) -> Windows:
@@ -157,7 +178,7 @@ def _draw(tokenizer: Any, text: str, wanted: int, length: int, seed: int) -> Win
     stream = array("q")  # a list would take four times as much
     text_hash = hashlib.sha256()
     characters = 0
-    for piece in read_text(text):
+    for piece in read_text(text, tokenizer):
         stream.extend(tokenizer(piece, add_special_tokens=False)["input_ids"])
         text_hash.update(piece.encode())
         characters += len(piece)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
 from compress.recipe import Recipe
 from compress.records import RECORDS
-from eval.compare import COMPARISON, write_comparison
+from eval.compare import PAGE, write_comparison
 from eval.report import REPORT, write_report
 from eval.spectra import write_spectra
 
@@ -83,13 +84,30 @@ class Request:
     command: str = ""
 
 
+def make_request(
+    model: str,
+    ratios: Sequence[float],
+    recipe: Recipe,
+    output: Path | None = None,
+    work_dir: Path | None = None,
+    **rest: Any,
+) -> Request:
+    """A request with the names that nobody gave: output ``./MODEL-RECIPE-RATIO``, work directory ``OUTPUT.work``."""
+    once = tuple(dict.fromkeys(ratios))
+    suffix = f"-{once[0]:.2f}" if len(once) == 1 else ""
+    name = Path(model.rstrip("/")).name or "model"
+    output = output or Path(f"{name}-{recipe.name}{suffix}")
+    work_dir = work_dir or output.with_name(output.name + ".work")
+    return Request(model=model, ratios=once, recipe=recipe, output=output, work_dir=work_dir, **rest)
+
+
 def output_for(request: Request, ratio: float) -> Path:
     """One ratio writes OUTPUT itself; several write OUTPUT/ratio-0.80 and so on."""
     return request.output if len(request.ratios) == 1 else request.output / f"ratio-{ratio:.2f}"
 
 
-def run(request: Request) -> None:
-    """Do what was asked; raises UserError for what the user can mend."""
+def run(request: Request) -> list[Path]:
+    """Do what was asked; returns the outputs (none after a dry run). Raises UserError for what the user can mend."""
     started = time.monotonic()
     keep_large_blocks_apart()
     processes.join()
@@ -106,7 +124,7 @@ def run(request: Request) -> None:
             check_allowed(plan.estimate.memory_bytes)
     processes.of_main(lambda: check_evaluation(source.directory, recipe.evaluate))
     if request.dry_run:
-        return
+        return []
     with Stage("tokenising", 1, "text") as tokenising:
         windows = processes.of_main(lambda: calibration_windows(source, recipe))
         tokenising.step()
@@ -131,11 +149,12 @@ def run(request: Request) -> None:
             evaluate(plan, output)
         if len(plans) > 1 and processes.is_main():
             print(write_comparison(request.output, [output_for(request, plan.ratio) for plan in plans]))
-            say(f"compared in {request.output / COMPARISON}")
+            say(f"compared in {request.output / PAGE}")
     finally:
         if work is not None:
             work.close()
     processes.leave()
+    return [output_for(request, plan.ratio) for plan in plans]
 
 
 def check_processes(recipe: Recipe, windows: Windows | None) -> None:
