@@ -27,7 +27,7 @@ SHARD_BYTES = 5_000_000_000
 PLAIN = ""  # the role of a parameter that is stored as it is
 # what belongs to the tokenizer, the chat template and generation; weights, code and config.json do not come along
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-NOT_COPIED = ("config.json", INDEX, "report.json", "evaluation.json")
+NOT_COPIED = ("config.json", INDEX, "report.json", "evaluation.json", "curves.json")
 
 
 @dataclass(frozen=True)

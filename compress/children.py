@@ -83,6 +83,18 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
 
 
+def run_evaluation(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """``python -m eval`` in a fresh process; its stdout, the table, is kept."""
+    return subprocess.run(
+        [sys.executable, "-m", "eval", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment() | processes.child_environment(),
+        check=False,
+    )
+
+
 def check_evaluation(source: Path, evaluate: str) -> None:
     """Refuse what could not be evaluated in the end before anything is computed (UserError)."""
     if evaluate == "none" or set(settings_for(evaluate).tasks) <= set(TASKS):
@@ -108,15 +120,13 @@ def evaluate(plan: Plan, output: Path) -> None:
     if plan.recipe.evaluate == "none":
         return
     figures = output / "evaluation.json"
-    command: Sequence[str] = [
-        *(sys.executable, "-m", "eval", "--model", str(output), "--compare-with", str(plan.source.directory)),
-        *("--evaluate", plan.recipe.evaluate, "--output", str(figures)),
-        *("--lm-eval-output", str(output / LM_EVAL)),
-        *(["--trust-remote-code"] if plan.recipe.export == "factored" else []),
-    ]
-    environment = child_environment() | processes.child_environment()
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment, check=False
+    done = run_evaluation(
+        [
+            *("--model", str(output), "--compare-with", str(plan.source.directory)),
+            *("--evaluate", plan.recipe.evaluate, "--output", str(figures)),
+            *("--lm-eval-output", str(output / LM_EVAL)),
+            *(["--trust-remote-code"] if plan.recipe.export == "factored" else []),
+        ]
     )
     if done.returncode == 2:
         raise UserError(f"the checkpoint {output} is written, but it could not be evaluated: see the line above")
