@@ -27,18 +27,22 @@ BAND = 256  # rows of a Gram matrix that are made at a time: narrower ones save 
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over ``tokens`` tokens, float32.
+    """Means over ``tokens`` tokens, float32: those that came to the linear, of which a mixture's expert sees some.
 
     ``input``: ``(d_in, d_in)`` or None; ``output``: ``(d_out, d_out)`` or None; ``mean_absolute``:
     ``(d_in,)`` or None, as are ``mean`` and ``mean_square``; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input
     moment's diagonal.
 
-    Over ``gradient_tokens`` tokens, of the gradient ``g`` of the summed loss at the output: ``gradient``
+    Of the gradient ``g`` of the summed loss at the output, sums over the tokens that came to the linear, over ``gradient_tokens``,
+    which are all of the text that went backward (so that losses are per token of the text): ``gradient``
     ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
     ``weighted`` ``(d_in, d_in)`` or None: ``E[|g|^2 x x^T] / E[|g|^2]``, the input's moment with each token counted by what the
     loss makes of it, ``|g|^2`` summed over the linears that share the input;
     ``row_fisher`` ``(d_out,)`` or None: ``E[g_i^2 |x|^2]``, the Fisher information of row i summed over its weights;
-    ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly.
+    ``input_samples`` ``(n, d_in)`` and ``gradient_samples`` ``(n, d_out)``: the same n tokens, drawn evenly; the gradients are scaled
+    so that the mean of their squares is such a sum.
+
+    ``borrowed``: too few tokens came, and these are the layer's (calibration/experts.py).
     """
 
     tokens: int
@@ -56,6 +60,7 @@ class Moments:
     row_fisher: torch.Tensor | None = None
     input_samples: torch.Tensor | None = None
     gradient_samples: torch.Tensor | None = None
+    borrowed: bool = False
 
     def of_output(self, weight: torch.Tensor) -> torch.Tensor:
         """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
@@ -140,8 +145,8 @@ CHANNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Rows:
     """Kept rows, in one block from the start: small pieces kept between the large ones of a pass would hold the heap open."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._used = capacity, 0
+    def __init__(self, capacity: int, width: int) -> None:
+        self._capacity, self._width, self._used = capacity, width, 0
         self._block: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
@@ -153,7 +158,11 @@ class Rows:
 
     def kept(self) -> torch.Tensor | None:
         """All rows, of all processes, or None if there was none."""
-        return None if self._block is None else processes.rows_of_all(self._block[: self._used])
+        if not self._capacity:
+            return None
+        own = torch.empty(0, self._width) if self._block is None else self._block[: self._used]
+        every = processes.rows_of_all(own)
+        return every if len(every) else None
 
 
 def moment_bytes(
@@ -229,8 +238,8 @@ class GroupCollector:
         self._per_batch = samples if "samples" in needs else 0
         self._batches = iter(batches)
         self._picked = torch.empty(0, dtype=torch.int64)
-        self._input_samples = Rows(self._per_batch * len(batches))
-        self._gradient_samples = {name: Rows(self._per_batch * len(batches)) for name in wanted}
+        self._input_samples = Rows(self._per_batch * len(batches), width)
+        self._gradient_samples = {name: Rows(self._per_batch * len(batches), sizes[name][0]) for name in wanted}
         # what weighs a token is the gradients of the whole group
         self._watched = list(sizes if "weighted" in needs else own) if needs & OF_GRADIENTS else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
@@ -336,8 +345,11 @@ class GroupCollector:
         self._gradient_tokens = dict(zip(self._watched, map(int, rest), strict=False))
         self._gradient_power = dict(zip(self._watched, rest[len(self._watched) :], strict=True))
 
-    def moments(self) -> dict[str, Moments]:
-        """Per wanted linear; members share the tensors of the input side. To be asked once: sums become means in place."""
+    def moments(self, gradient_tokens: int) -> dict[str, Moments]:
+        """Per wanted linear; members share the tensors of the input side. To be asked once: sums become means in place.
+
+        ``gradient_tokens`` of the text went backward, whether or not they came to these linears.
+        """
         self._add_up()
         count = max(self._tokens, 1)
         shared = None if self._input is None else self._input.div_(count)
@@ -356,18 +368,20 @@ class GroupCollector:
                 mean_square=channels.get("mean_square"),
             )
             if name in self._watched:
-                seen = max(self._gradient_tokens[name], 1)
+                seen = max(gradient_tokens, 1)
+                share = self._gradient_tokens[name] / seen
+                samples = self._gradient_samples[name].kept()
                 rows = self._row_fisher[name].div_(seen) if name in self._row_fisher else None
                 moments = replace(
                     moments,
-                    gradient_tokens=self._gradient_tokens[name],
+                    gradient_tokens=gradient_tokens,
                     gradient_power=self._gradient_power[name] / seen,
                     gradient=self._gradients[name].div_(seen) if name in self._gradients else None,
                     pulled=self._pulled[name].div_(seen) if name in self._pulled else None,
                     weighted=weighted,
                     row_fisher=rows,
                     input_samples=self._input_samples.kept(),
-                    gradient_samples=self._gradient_samples[name].kept(),
+                    gradient_samples=samples if samples is None or share == 1 else samples * share**0.5,
                 )
             found[name] = moments
         return found

@@ -7,9 +7,10 @@ tokens through parameters that are zeros of one element's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from calibration.moments import module_weight
 from calibration.roles import ENDS, role_of
 from checkpoint.errors import UserError
+from checkpoint.modeling_template import Experts, stacks_experts
 from checkpoint.source import Source
 
 PROBE_TOKENS = 4
@@ -94,7 +96,7 @@ class Structure:
 
 
 @contextmanager
-def patched_forwards(modules: list[nn.Module], forwards: list[Callable[..., Any]]) -> Iterator[None]:
+def patched_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Replace each module's forward for a while; the module itself keeps its class and attributes."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
@@ -143,9 +145,12 @@ def discover(source: Source) -> Structure:
     Raises UserError where the structure is not understood.
     """
     path, layers = find_layers(source)
+    inside = tuple(f"{path}.{index}." for index in range(len(layers)))
+    around = [name for name in source.model.state_dict() if not name.startswith(inside)]
+    with source.zeros(around, rows_differ=True):  # or no argument would depend on the tokens
+        _check_arguments(*(_probe_calls(source, path, list(layers), token)[0] for token in (0, 1)))
     with source.zeros(list(source.model.state_dict())):
         calls, front, returns_tuple = _probe_calls(source, path, list(layers))
-        _check_arguments(calls, _probe_calls(source, path, list(layers), token=1)[0])
         seen: dict[tuple[Any, ...], tuple[list[tuple[str, ...]], list[tuple[str, str]]]] = {}
         found, left = [], []
         for index, layer in enumerate(layers):
@@ -162,10 +167,8 @@ def discover(source: Source) -> Structure:
         raise UserError(
             f"no linear map was called in {type(layers[0]).__name__}; layerpress cannot compress this model class"
         )
-    inside = tuple(f"{path}.{index}." for index in range(len(layers)))
-    ends = [name for name in source.model.state_dict() if not name.startswith(inside)]
-    before = tuple(name for name in ends if name.rpartition(".")[0] in front)
-    after = tuple(name for name in ends if name not in before)
+    before = tuple(name for name in around if name.rpartition(".")[0] in front)
+    after = tuple(name for name in around if name not in before)
     return Structure(tuple(found), before, after, returns_tuple, tuple(left), _ends(source, len(layers)))
 
 
@@ -190,7 +193,7 @@ def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names:
         module = layer.get_submodule(local)
         d_out, d_in = module_weight(module).shape
         name = f"{layer_path}.{local}"
-        dtype = source.stored(f"{name}.weight").dtype
+        dtype = source.stored_dtype(f"{name}.weight")
         transposed, has_bias = isinstance(module, Conv1D), module.bias is not None
         members.append(Linear(name, local, index, d_out, d_in, transposed, has_bias, dtype, role_of(local)))
     return Group(tuple(members))
@@ -275,10 +278,23 @@ def _probe_layer(
         if name not in members:
             members.append(name)
 
+    def every_expert(hidden: torch.Tensor, *_: Any, module: Experts) -> torch.Tensor:
+        return sum((module.expert(i, hidden.clone()) for i in range(module.num_experts)), hidden)
+
+    # a few tokens would not come to every expert
+    mixtures = [module for module in layer.modules() if isinstance(module, Experts)]
+    forwards = [partial(every_expert, module=module) for module in mixtures]
+    not_linear = set[str]()
+
+    def check(name: str, y: Any) -> None:
+        if not isinstance(y, torch.Tensor):
+            not_linear.add(name)
+
     hooks = [m.register_forward_pre_hook(lambda _, a, name=name: see(name, a[0])) for name, m in linears.items()]
+    hooks += [m.register_forward_hook(lambda _, a, y, name=name: check(name, y)) for name, m in linears.items()]
     before = [tensor.clone() for tensor in _tensors((args, kwargs))]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), patched_forwards(mixtures, forwards):
             layer(hidden, *args, **kwargs)
     finally:
         for hook in hooks:
@@ -287,9 +303,16 @@ def _probe_layer(
         raise UserError(
             f"{type(layer).__name__} changes its arguments, so its calls cannot be replayed; layerpress cannot compress it"
         )
+    choices = {
+        module.num_experts for module in layer.modules() if isinstance(module, Experts) or stacks_experts(module)
+    }
+    routers = {name for name, module in linears.items() if module_weight(module).shape[0] in choices}
     called = {name for members in groups.values() for name in members}
     dense = [(name, "linear not called in a plain forward pass") for name in linears if name not in called]
+    dense += [(name, "it does more than a linear map, as routers do") for name in sorted(not_linear)]
+    dense += [(name, "a router chooses among experts, which no loss of a map measures") for name in sorted(routers)]
     for name, parameter in layer.named_parameters():
         if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears:
             dense.append((name, f"parameter of shape {list(parameter.shape)} is not a linear map of one token"))
-    return [tuple(members) for members in groups.values()], dense
+    plain = [tuple(name for name in members if name not in not_linear | routers) for members in groups.values()]
+    return [members for members in plain if members], dense

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibration.experts import experts_in, lent
 from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
 from calibration.replay import OpenLayer, Replay
@@ -81,7 +82,7 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: moments for collector in collectors for name, moments in collector.moments().items()}
+        return self._moments(open_layer, collectors, 0)
 
     def collect_cross(
         self, open_layer: OpenLayer, group: Group, inner: Mapping[str, torch.Tensor], dense: Sweep | None
@@ -292,7 +293,14 @@ class Sweep:
             with torch.no_grad():
                 for first, count in self._batches(own, len(self.ids)):
                     self.replay.run_layer(index, states.read(first, count))
-        return {name: moments for collector in collectors for name, moments in collector.moments().items()}
+        return self._moments(open_layer, collectors, windows * self.ids.shape[1])
+
+    def _moments(
+        self, open_layer: OpenLayer, collectors: Sequence[GroupCollector], gradient_tokens: int
+    ) -> dict[str, Moments]:
+        """What the collectors summed up; experts that saw too few tokens have the layer's instead of their own."""
+        found = {name: each for collector in collectors for name, each in collector.moments(gradient_tokens).items()}
+        return lent(found, open_layer.layer.linears, experts_in(open_layer.module))
 
     def close(self) -> None:
         """Delete what is stored: every layer is recorded."""

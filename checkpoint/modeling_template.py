@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM as BaseForCausalLM
 from transformers import LlamaModel as BaseModel
 
 FORMAT = 3
+PREFIX = "model"  # the attribute of the language model that is the decoder
 
 
 class LayerpressConfig(BaseConfig):
@@ -338,6 +339,70 @@ def settings_of(config: Any) -> dict[str, Any]:
     return settings
 
 
+def stacks_experts(module: Any) -> bool:
+    """Whether a module holds the weights of a mixture's experts stacked, as transformers' experts interface has them, and no more."""
+    flags = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    if any(not hasattr(module, flag) for flag in flags) or module.has_post_expert_norm:
+        return False
+    return {name for name, _ in module.named_parameters()} == set(stacked_names(module))
+
+
+def stacked_names(module: Any) -> list[str]:
+    """The stacked parameters: inner weight, outer weight, and their biases where there are any."""
+    linears = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    return linears + [f"{name}_bias" for name in linears if module.has_bias]
+
+
+class Experts(nn.Module):
+    """A mixture's experts, each with linears of its own (``N.gate_up_proj`` or ``N.up_proj``, and ``N.down_proj``).
+
+    It stands in the place of ``stacked``, a module of transformers that stacks their weights; that one's gate is still used.
+    """
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        self.num_experts = stacked.num_experts
+        self._stacked = (stacked,)  # in a tuple it is no submodule
+        self._inner, self._outer = stacked_names(stacked)[:2]
+        for number in range(stacked.num_experts):
+            expert = nn.Module()
+            for name in (self._inner, self._outer):
+                weight = getattr(stacked, name)
+                d_out, d_in = weight.shape[:0:-1] if stacked.is_transposed else weight.shape[1:]
+                made = nn.Linear(d_in, d_out, bias=stacked.has_bias, device="meta", dtype=weight.dtype)
+                expert.add_module(name, made.to_empty(device=weight.device))
+            self.add_module(str(number), expert)
+
+    def expert(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """What one expert makes of ``x`` ``(tokens, width)``."""
+        expert, stacked = getattr(self, str(number)), self._stacked[0]
+        inner = getattr(expert, self._inner)(x)
+        return getattr(expert, self._outer)(stacked._apply_gate(inner) if stacked.has_gate else stacked.act_fn(inner))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``(tokens, width)`` through the experts ``(tokens, k)`` that the router chose, weighted and summed."""
+        summed = torch.zeros_like(hidden_states)
+        for number in range(self.num_experts):
+            tokens, places = torch.where(top_k_index == number)
+            if len(tokens):
+                found = self.expert(number, hidden_states[tokens]) * top_k_weights[tokens, places, None]
+                summed.index_add_(0, tokens, found.to(summed.dtype))
+        return summed
+
+
+def separate_experts(root: nn.Module, paths: list[str]) -> None:
+    """Give the experts at ``paths`` linears of their own. Raises ValueError for a path that holds no stacked experts."""
+    modules = dict(root.named_modules())
+    for path in paths:
+        stacked = modules.get(path)
+        if stacked is None or not stacks_experts(stacked):
+            raise ValueError(f"config.json names {path!r} as experts, which this model has not")
+        root.set_submodule(path, Experts(stacked))
+        stacked._parameters.clear()
+
+
 def factorise(root: nn.Module, linears: dict[str, Any]) -> None:
     """Replace the modules named in ``linears`` (paths inside ``root``) by compressed ones.
 
@@ -383,9 +448,11 @@ class LayerpressModel(BaseModel):
     """The decoder without a head, with compressed linears."""
 
     config_class = LayerpressConfig
+    base_model_prefix = PREFIX
 
     def __init__(self, config: LayerpressConfig) -> None:
         super().__init__(config)
+        separate_experts(self, settings_of(config).get("experts", []))
         factorise(self, settings_of(config)["linears"])
         choose_runtime(self, config)
 
@@ -394,11 +461,14 @@ class LayerpressForCausalLM(BaseForCausalLM):
     """The language model, with compressed linears; ``head`` in the settings says what its head is, if that is compressed."""
 
     config_class = LayerpressConfig
+    base_model_prefix = PREFIX
 
     def __init__(self, config: LayerpressConfig) -> None:
         super().__init__(config)
         settings = settings_of(config)
-        factorise(getattr(self, self.base_model_prefix), settings["linears"])
+        base = getattr(self, PREFIX)
+        separate_experts(base, settings.get("experts", []))
+        factorise(base, settings["linears"])
         head = settings.get("head")
         path = next(path for path, module in self.named_modules() if module is self.get_output_embeddings())
         if head == "embedding":

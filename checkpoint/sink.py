@@ -166,8 +166,10 @@ def _entries(source: Source, name: str, replaced: dict[str, Replacement]) -> dic
 
 def _settings(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any]:
     """What config.json says under ``layerpress``; the head is outside the base model, and may be the embedding itself."""
-    prefix = source.model.base_model_prefix + "."
+    prefix = source.base_path + "."
     settings: dict[str, Any] = {"format": modeling_template.FORMAT, "linears": {}}
+    if source.experts:
+        settings["experts"] = [path.removeprefix(prefix) for path in source.experts]
     for path, item in replaced.items():
         spec = item.spec.as_dict() | ({"bias": True} if item.bias is not None else {})
         if path.startswith(prefix):
@@ -181,7 +183,7 @@ def _settings(source: Source, replaced: dict[str, Replacement]) -> dict[str, Any
 
 def _write_factored_config(source: Source, replaced: dict[str, Replacement], directory: Path, runtime: str) -> None:
     model = source.model
-    base = getattr(model, model.base_model_prefix)
+    base = getattr(model, source.base_path)
     own_type = f"layerpress_{source.config.model_type}"
     text = Path(modeling_template.__file__).read_text(encoding="utf-8")
     for alias, cls in (
@@ -195,6 +197,7 @@ def _write_factored_config(source: Source, replaced: dict[str, Replacement], dir
             f"from {cls.__module__} import {cls.__name__} as {alias}",
         )
     text = text.replace('"layerpress_llama"', f'"{own_type}"')
+    text = text.replace(f'PREFIX = "{modeling_template.PREFIX}"', f'PREFIX = "{source.base_path}"')
     write_text(directory / "modeling_layerpress.py", text)
     config = source.config.to_dict()
     config.update(

@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from checkpoint.errors import UserError, told
 from checkpoint.memory import release_memory
+from checkpoint.modeling_template import Experts, stacked_names, stacks_experts
 from checkpoint.shards import StoredTensor, read_headers, read_tensors, shard_paths
 
 
@@ -94,10 +95,17 @@ REFUSALS = (
 class Source:
     """One checkpoint: headers, configuration and the skeleton.
 
-    ``compute_dtype`` is the floating-point type in which layers are loaded to be run.
+    ``compute_dtype`` is the floating-point type in which layers are loaded to be run. With ``separate_experts`` the weights of a
+    mixture's experts, which transformers stacks, are seen as linears of their own, by name and in the model.
     """
 
-    def __init__(self, directory: Path, compute_dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        compute_dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        separate_experts: bool = False,
+    ) -> None:
         self.directory = directory
         self.compute_dtype = compute_dtype
         self.config = read_config(directory, trust_remote_code)
@@ -120,6 +128,10 @@ class Source:
         self._conversions = get_model_conversion_mapping(self.model)
         self._sources, self.unused = self._match_keys()
         self._check_complete()
+        stacked = [(path, module) for path, module in self.model.named_modules() if stacks_experts(module)]
+        # path: the module of transformers, and ours in its place
+        self.experts = {path: (module, Experts(module)) for path, module in stacked if separate_experts}
+        self._place_experts(stacked=False)
 
     @property
     def source_dtype(self) -> torch.dtype:
@@ -177,9 +189,43 @@ class Source:
             raise KeyError(name)
         return items[0]
 
+    @property
+    def base_path(self) -> str:
+        """The attribute of the model that is its decoder; not every class of transformers gives it the name that it says."""
+        prefix: str = self.model.base_model_prefix
+        return prefix if hasattr(self.model, prefix) else next(name for name, _ in self.model.named_children())
+
+    def _place_experts(self, stacked: bool) -> None:
+        """Put transformers' experts into the model, or ours."""
+        for path, modules in self.experts.items():
+            self.model.set_submodule(path, modules[0 if stacked else 1])
+
+    def _stock_name(self, name: str) -> str:
+        """What transformers calls the parameter that a name is part of: that of an expert is in a stack."""
+        for path in self.experts:
+            if name.startswith(path + "."):
+                linear, leaf = name.split(".")[-2:]
+                return f"{path}.{linear}_bias" if leaf == "bias" else f"{path}.{linear}"
+        return name
+
+    def _unstack(self) -> None:
+        """Give our experts' linears views of the stacks that are loaded."""
+        for stacked, ours in self.experts.values():
+            for name in stacked_names(stacked):
+                stack = stacked._parameters[name]
+                if stack.is_meta:
+                    continue
+                linear, leaf = name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+                turned = stacked.is_transposed and leaf == "weight"
+                for number, part in enumerate(stack.detach()):
+                    own = nn.Parameter(part.T if turned else part, requires_grad=False)
+                    ours.get_submodule(f"{number}.{linear}")._parameters[leaf] = own
+                empty = torch.empty(stack.shape, dtype=self.compute_dtype, device="meta")
+                stacked._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype on disk of the tensor, or the first of the tensors, behind a parameter name."""
-        items = self._sources.get(name)
+        items = self._sources.get(self._stock_name(name))
         return items[0].dtype if items else self.source_dtype
 
     def used_tensors(self) -> list[StoredTensor]:
@@ -204,19 +250,22 @@ class Source:
         """
         names = self.parameter_names(prefixes)
         origins = {name: self.tied.get(name, name) for name in names}
-        wanted = [item for origin in dict.fromkeys(origins.values()) for item in self._sources.get(origin, [])]
-        if keep_source_dtype:
-            for origin in set(origins.values()):
-                if origin in self._sources:
-                    self._set(
-                        origin,
-                        torch.empty(self.tensor(origin).shape, dtype=self._sources[origin][0].dtype, device="meta"),
-                    )
-        state = dict(read_tensors(wanted))
+        stock = list(dict.fromkeys(self._stock_name(origin) for origin in origins.values()))
+        state = dict(read_tensors([item for origin in stock for item in self._sources.get(origin, [])]))
         settings = LoadStateDictConfig(
             dtype=self.compute_dtype, device_map={"": "cpu"}, weight_mapping=self._conversions
         )
-        info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+        self._place_experts(stacked=True)
+        try:
+            for origin in stock if keep_source_dtype else ():
+                if origin in self._sources:
+                    shape, dtype = self.tensor(origin).shape, self._sources[origin][0].dtype
+                    self._set(origin, torch.empty(shape, dtype=dtype, device="meta"))
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
+            del state
+            self._unstack()
+        finally:
+            self._place_experts(stacked=False)
         if info.mismatched_keys or info.conversion_errors:
             problem = next(iter(info.mismatched_keys or info.conversion_errors))
             raise UserError(f"{self.directory} does not fit {type(self.model).__name__}: {problem}")
@@ -248,16 +297,19 @@ class Source:
             self.evict(paths)
 
     @contextmanager
-    def zeros(self, prefixes: Iterable[str]) -> Iterator[None]:
+    def zeros(self, prefixes: Iterable[str], rows_differ: bool = False) -> Iterator[None]:
         """Parameters under ``prefixes`` as zeros that take no memory: enough to see what a forward calls.
 
-        A matrix is one zero, expanded. Fused experts (3-D) go to kernels that ask for real strides: theirs are
-        untouched pages of the operating system's zeroes.
+        A matrix is one zero, expanded; with ``rows_differ`` 0 and 1 by turns along its rows, so that the embeddings of two tokens
+        differ. Fused experts (3-D) go to kernels that ask for real strides: theirs are untouched pages of the operating system's
+        zeroes.
         """
         names = [name for name in self.parameter_names(prefixes) if self.tensor(name).is_meta]
         for name in names:
             shape = self.tensor(name).shape
-            if len(shape) < 3:
+            if len(shape) == 2 and rows_differ:
+                self._set(name, (torch.arange(shape[0]) % 2).to(self.compute_dtype)[:, None].expand(shape))
+            elif len(shape) < 3:
                 self._set(name, torch.zeros((), dtype=self.compute_dtype).expand(shape))
             else:
                 pages = np.zeros(shape.numel() * self.compute_dtype.itemsize, dtype=np.uint8)

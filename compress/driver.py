@@ -26,10 +26,11 @@ from checkpoint import processes
 from checkpoint.memory import release_memory
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
+from compress.counts import count
 from compress.ends import end_menus
 from compress.footprint import in_passes
 from compress.install import install
-from compress.linears import EMPTY, decompose, loss_of_all, noted, quantize, whole_menu
+from compress.linears import BORROWED, EMPTY, decompose, loss_of_all, noted, quantize, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
 from compress.plan import Plan
@@ -260,6 +261,7 @@ def _walk_groups(
         if channels is None and linear not in own:
             continue
         with noted(own_notes, linear):
+            count(BORROWED, moments.get(linear.local, EMPTY).borrowed)
             if channels is not None:
                 found[linear.local] = _pruned(plan, open_layer, linear, channels)
             elif spec.weight is not None:

@@ -18,7 +18,7 @@ from checkpoint.memory import release_memory
 from compress.allocations import ALLOCATIONS, Curve
 from compress.allocations.pooled import lower_hull
 from compress.candidates import Candidate, quantized_product_losses
-from compress.counts import counted
+from compress.counts import count, counted
 from compress.methods import METHODS
 from compress.parts import Factors
 from compress.plan import Plan
@@ -26,6 +26,7 @@ from compress.records import candidate_record, from_record, to_record
 from compress.truncation import NotFinite
 
 EMPTY = Moments(tokens=0, input_power=0.0)
+BORROWED = "matrices of experts that saw too few tokens, compressed by their layer's moments"
 
 
 def whole_menu(
@@ -59,6 +60,7 @@ def _menu_of(plan: Plan, open_layer: OpenLayer, linear: Linear, of_linear: Momen
     """The record of one linear."""
     tensors: dict[str, torch.Tensor] = {}
     storage, menu = plan.recipe.storage, plan.recipe.storage.menu(linear)
+    count(BORROWED, of_linear.borrowed)
     loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)
     if storage.low_rank:
         factors = decompose(plan, open_layer, linear, of_linear, storage.largest_rank(linear))

@@ -78,7 +78,8 @@ def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple
 def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tuple[Source, Structure, str]:
     """Open the checkpoint and discover its structure (UserError where that fails)."""
     dtype, reason = compute_dtype(recipe.dtype, directory, trust_remote_code)
-    source = Source(directory, dtype, trust_remote_code)
+    # other formats are stock architectures, whose experts are stacked
+    source = Source(directory, dtype, trust_remote_code, separate_experts=recipe.export == "factored")
     attention.use(source.model)
     if recipe.export == "factored" and not type(source.model).__module__.startswith("transformers."):
         raise UserError(

@@ -27,8 +27,15 @@ LENGTH = 24
 
 
 def opened_source(directory: Path):
-    source = Source(directory, torch.float32)
+    source = Source(directory, torch.float32, separate_experts=True)
     return source, discover(source)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor, source: Source) -> bool:
+    """Bit by bit; stacked experts go through another kernel, which sums in another order."""
+    if not source.experts:
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def make_windows(count: int = 6) -> Windows:
@@ -57,13 +64,13 @@ def test_streamed_hidden_states_are_those_of_the_whole_model(models, name, tmp_p
             sweep.advance(open_layer)
     for index in range(len(structure.layers)):
         stored = torch.frombuffer(bytearray(sweep.path(index).read_bytes()), dtype=torch.float32)
-        assert torch.equal(stored, torch.cat(expected[index]).flatten()), f"input of layer {index}"
-    assert torch.equal(streamed_logits(source, structure, batches[0], lambda _: None), logits[0])
+        assert same(stored, torch.cat(expected[index]).flatten(), source), f"input of layer {index}"
+    assert same(streamed_logits(source, structure, batches[0], lambda _: None), logits[0], source)
     assert all(parameter.is_meta for parameter in source.model.parameters()), "everything was evicted"
 
 
 @pytest.mark.parametrize("recipe_name", ["svd-llm", "llm-rom"])
-@pytest.mark.parametrize("name", zoo.CONTRACT)
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
 def test_full_rank_reproduces_the_logits(models, name, recipe_name, tmp_path):
     source, structure = opened_source(models(name))
     plan = make_plan(source, structure, load_recipe(recipe_name).override({"ratio_scope": "decoder"}), 0.8, "")
@@ -143,7 +150,7 @@ def test_compressed_checkpoints_load_generate_and_save_again(models, text, tmp_p
     outputs = []
     # factors are the simpler form: where a pivoted one goes, so do they
     for name in ("llama", "gpt2", "phi3", "mixtral") if modules == {"FactoredLinear"} else zoo.ARCHITECTURES:
-        recipe = load_recipe(recipes[name in ("gpt2", "falcon", "mixtral")]).override(
+        recipe = load_recipe(recipes[name in ("gpt2", "falcon", "mixtral", "gpt_oss")]).override(
             {
                 **{"calibration": str(text), "calibration_tokens": 2048, "sequence_length": 64},
                 **{"evaluate": "none", "ratio_scope": "decoder"},
@@ -151,12 +158,12 @@ def test_compressed_checkpoints_load_generate_and_save_again(models, text, tmp_p
             }
         )
         output = tmp_path / name
-        kept = 0.85 if name == "mixtral" else ratio  # most of it is experts, which stay dense
+        kept = max(ratio, 0.62) if name == "llama4" else ratio  # its experts stay dense
         pipeline.run(pipeline.Request(str(models(name)), (kept,), recipe, output, tmp_path / f"{name}.work"))
         outputs.append(output)
         report = json.loads((output / "report.json").read_text())
         assert abs(report["sizes"]["achieved_ratio"] - kept) <= 0.005
-        assert bool(report["left_dense"]) == (name == "mixtral"), "what is left dense is listed"
+        assert bool(report["left_dense"]) == (name in zoo.MIXTURES), "what is left dense is listed"
     done = subprocess.run(
         [sys.executable, "-c", USE, str(tmp_path / "again"), *map(str, outputs)],
         capture_output=True,

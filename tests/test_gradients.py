@@ -25,7 +25,7 @@ NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input", "output
 
 def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
     """Moments of every linear by the streamed sweeps, and the ids."""
-    source = Source(directory, dtype)
+    source = Source(directory, dtype, separate_experts=True)
     structure = discover(source)
     ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
     sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / f"hidden-{fisher}-{dtype}", BATCH)

@@ -184,7 +184,7 @@ def test_collector_takes_the_smaller_side_and_leaves_the_bias_out():
             wide(part)
     for handle in handles:
         handle.remove()
-    moments = collector.moments()["down"]
+    moments = collector.moments(0)["down"]
     rows = x.reshape(-1, 12) @ wide.weight.T
     assert moments.input is None and moments.tokens == 63
     assert torch.allclose(moments.output, rows.T @ rows / 63, atol=1e-5)

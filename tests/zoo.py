@@ -23,6 +23,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+EXPERTS = {"num_experts_per_tok": 2}
 WINDOWED = {**GROUPED, "head_dim": 12, "sliding_window": 16}
 
 # name -> (config class, its arguments); each stands for a shape of its own: see the comment
@@ -38,9 +39,50 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": 48}),  # biases, positions with an offset
     "gpt_neox": ("GPTNeoXConfig", {**COMMON, "intermediate_size": 96}),  # parallel residual
     "falcon": ("FalconConfig", {**COMMON, "new_decoder_architecture": False, "multi_query": True}),  # tuple outputs
-    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),  # experts stay dense
+    "mixtral": (
+        "MixtralConfig",
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),  # experts, stored one by one
+    # experts in some layers only
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**GROUPED, **EXPERTS, "num_experts": 6, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
+    # latent attention; shared experts beside the routed ones
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **{**GROUPED, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1},
+            **{"moe_intermediate_size": 32, "q_lora_rank": 24, "kv_lora_rank": 16},
+            **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+        },
+    ),
+    # experts stored as one stack, turned, with biases; attention sinks
+    "gpt_oss": ("GptOssConfig", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4": (
+        "Llama4TextConfig",
+        {**GROUPED, "head_dim": 12, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    # without the per-layer inputs and shared keys of the small ones, which are refused
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **{**WINDOWED, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+            **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "global_head_dim": 16},
+            **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        },
+    ),
 }
-CONTRACT = [name for name in ARCHITECTURES if name != "mixtral"]
+MIXTURES = (
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4",
+    "gemma4",
+)  # routers stay dense, and llama4's experts
+CONTRACT = [name for name in ARCHITECTURES if name not in MIXTURES]
 
 
 def write_tokenizer(directory: Path) -> None:
