@@ -17,6 +17,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from checkpoint import processes
+from checkpoint.modeling_template import even_rows
 
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
@@ -118,7 +119,7 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     bands = range(0, len(total), BAND)
     with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
         for chunk in rows.split(ROWS):
-            wide = chunk.float()
+            wide = even_rows(chunk).float()
             for first in bands:
                 total[first : first + BAND, first:].addmm_(wide[:, first : first + BAND].T, wide[:, first:])
     for first in bands[1:]:

@@ -353,6 +353,20 @@ def stacked_names(module: Any) -> list[str]:
     return linears + [f"{name}_bias" for name in linears if module.has_bias]
 
 
+def even_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of zeros after ``(n, d)``, so that few numbers of rows occur: oneDNN makes a kernel for each, and never lets go of it."""
+    step = 128 if len(rows) > 128 else 16
+    return nn.functional.pad(rows, (0, 0, 0, -len(rows) % step)) if len(rows) > 8 else rows
+
+
+class ExpertLinear(nn.Linear):
+    """A linear to which another number of tokens comes every time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(tokens, d_in)`` to ``(tokens, d_out)``."""
+        return super().forward(even_rows(x))[: len(x)]
+
+
 class Experts(nn.Module):
     """A mixture's experts, each with linears of its own (``N.gate_up_proj`` or ``N.up_proj``, and ``N.down_proj``).
 
@@ -369,7 +383,7 @@ class Experts(nn.Module):
             for name in (self._inner, self._outer):
                 weight = getattr(stacked, name)
                 d_out, d_in = weight.shape[:0:-1] if stacked.is_transposed else weight.shape[1:]
-                made = nn.Linear(d_in, d_out, bias=stacked.has_bias, device="meta", dtype=weight.dtype)
+                made = ExpertLinear(d_in, d_out, bias=stacked.has_bias, device="meta", dtype=weight.dtype)
                 expert.add_module(name, made.to_empty(device=weight.device))
             self.add_module(str(number), expert)
 

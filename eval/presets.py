@@ -14,6 +14,7 @@ PRESETS: dict[str, tuple[str, EvaluationSettings]] = {
         "perplexity on two texts, 50 documents of two tasks",
         EvaluationSettings(tasks=("arc_easy", "piqa"), limit=50),
     ),
+    "texts": ("perplexity on those two texts alone", EvaluationSettings()),
     # LLM-ROM (arXiv 2312.07046), section 3: these seven tasks, zero-shot; perplexity where SVD-LLM and SliceGPT report it
     "papers": (
         "WikiText-2, C4 and PTB where they can be had, BoolQ passages, and seven zero-shot tasks, whole",

@@ -223,9 +223,9 @@ def test_a_launcher_starts_them_and_they_share_the_evaluation(models, text, tmp_
     assert done.stderr.count("written:") == 1
     assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["processes"] == 2
     arguments = ["--model", str(tmp_path / "out"), "--trust-remote-code", "--text", str(text), "--windows", "3"]
-    assert evaluation.main([*arguments, "--evaluate", "", "--output", str(tmp_path / "alone.json")]) == 0
+    assert evaluation.main([*arguments, "--evaluate", "texts", "--output", str(tmp_path / "alone.json")]) == 0
     done = subprocess.run(
-        [*launch, "-m", "eval", *arguments, "--evaluate", "", "--output", str(tmp_path / "shared.json")],
+        [*launch, "-m", "eval", *arguments, "--evaluate", "texts", "--output", str(tmp_path / "shared.json")],
         capture_output=True,
         text=True,
         check=False,
