@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--runtime", choices=CHOICES["runtime"], help="packed integers as used later: unpacked once, or kept packed"
     )
-    out.add_argument("--evaluate", metavar="PRESET|TASKS", help="quick, texts, papers, leaderboard, lm-eval tasks, or none")
+    out.add_argument(
+        "--evaluate", metavar="PRESET|TASKS", help="quick, texts, papers, leaderboard, lm-eval tasks, or none"
+    )
     job = main.add_argument_group("the job")
     job.add_argument("--work-dir", type=Path, metavar="DIR", help="where finished layers are kept (OUTPUT.work)")
     job.add_argument("--fresh", action="store_true", help="forget earlier work and replace an earlier output")

@@ -45,6 +45,7 @@ def write_report(
         "mended": mended,
         "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
         "unused_source_tensors": plan.source.unused,
+        "needs": needed_packages(directory, rows),
         "stages": stages,
         "seconds_per_matrix": sum(row["seconds"] for row in rows) / len(rows),
         "run": run,
@@ -60,6 +61,13 @@ def write_report(
     write_json(directory / REPORT, report)
     write_text(directory / CARD, card(report, None))
     write_text(directory / PAGE, page_of(directory))
+
+
+def needed_packages(directory: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """What must be installed beside transformers for the checkpoint in ``directory`` to load whole."""
+    adapter = (directory / "adapter_config.json").is_file()
+    integers = any(row["bits"] or row["factor_bits"] for row in rows)
+    return ["compressed-tensors"] * integers + ["peft"] * adapter
 
 
 def add_evaluation(directory: Path, table: str) -> None:
@@ -90,6 +98,11 @@ def card(report: dict[str, Any], table: str | None) -> str:
     )
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
     evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
+    install = f"\nIt needs `pip install {' '.join(report['needs'])}`." if report["needs"] else ""
+    if "peft" in report["needs"]:
+        install += (
+            " Without peft transformers loads the integers alone, and says nothing of the corrections that are missing."
+        )
     mended = "".join(f"- {number:,} {what}\n" for what, number in report["mended"].items())
     predicted = report["predicted_loss_nats_per_token"]
     prediction = (
@@ -113,6 +126,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto"{trust})
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY{trust})
 ```
+{install}
 
 ## Size
 

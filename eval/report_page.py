@@ -49,6 +49,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
             f"{len(left)} parameters were left dense: {left[0]['name']} ({left[0]['reason']})"
             + ", ..." * (len(left) > 1)
         )
+    if "peft" in report["needs"]:
+        found.append("without the package peft it loads without its corrections, and transformers says nothing")
     if report["unused_source_tensors"]:
         found.append(
             f"{len(report['unused_source_tensors'])} tensors of the source belong to no parameter and were left out"

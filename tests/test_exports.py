@@ -48,6 +48,9 @@ def test_an_adapter_loads_without_remote_code_in_the_bytes_of_the_plan(models, t
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.model_type == name
     assert any("lora_A" in key for key, _ in loaded.named_parameters()) == (changes["correction_rank"] != "0")
+    corrected = changes["correction_rank"] != "0"
+    assert report["needs"] == ["compressed-tensors"] + ["peft"] * corrected
+    assert ("Without peft" in (tmp_path / "out" / "README.md").read_text()) == corrected
     keys, written = [], 0
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
