@@ -3,108 +3,84 @@
 An expert's linear sees the tokens that the router sends it. With fewer of them than its smaller side has dimensions the moments are
 singular, and what they leave out would be thrown away though the next text may bring it. Such a linear gets the mean over its
 layer's experts, weighted by their tokens, as if as many tokens had come to it as are needed. Where there is nobody to lend (a walk
-collects one linear at a time), inputs are taken to be alike in every direction.
+collects one linear at a time), its inputs are taken to be alike in every direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from calibration.moments import Moments
 from calibration.structure import Linear
-from checkpoint.modeling_template import Experts
 
-# per token of the text: sums over the expert's tokens, which grow with their number
-OF_TEXT = ("gradient", "pulled", "row_fisher")
+# means over the tokens that came
 OF_TOKENS = ("input", "output", "mean_absolute", "mean", "mean_square", "weighted")
+# sums over those that went backward, over all of the text: they grow with their number
+OF_GRADIENTS = ("gradient", "pulled", "row_fisher")
 
 
-def experts_in(layer: nn.Module) -> tuple[str, ...]:
-    """The paths of the mixtures in a layer."""
-    return tuple(name for name, module in layer.named_modules() if isinstance(module, Experts))
-
-
-def kind_of(local: str, mixtures: Iterable[str]) -> str | None:
-    """What an expert's linear is called, whichever the expert: ``mlp.experts.gate_up_proj``; None of any other linear."""
-    for path in mixtures:
-        if local.startswith(path + "."):
-            return f"{path}.{local.removeprefix(path + '.').partition('.')[2]}"
-    return None
-
-
-def lent(moments: dict[str, Moments], linears: Sequence[Linear], mixtures: tuple[str, ...]) -> dict[str, Moments]:
+def lent(moments: dict[str, Moments], linears: Sequence[Linear]) -> dict[str, Moments]:
     """The moments by local name, those of experts with too few tokens replaced."""
-    if not mixtures:
-        return moments
-    needed = {linear.local: min(linear.d_out, linear.d_in) for linear in linears}
-    kinds: dict[str, list[str]] = {}
-    for name in moments:
-        kind = kind_of(name, mixtures)
-        if kind is not None:
-            kinds.setdefault(kind, []).append(name)
-    for names in kinds.values():
-        few = [name for name in names if moments[name].tokens < needed[name]]
+    kinds: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.mixture and linear.local in moments:
+            kinds.setdefault(linear.mixture, []).append(linear)
+    for members in kinds.values():
+        needed = min(members[0].d_out, members[0].d_in)
+        few = [linear.local for linear in members if _seen(moments[linear.local]) < needed]
         if few:
-            together = _together([moments[name] for name in names])
-            for name in few:
-                moments[name] = _of_tokens(together, needed[name])
+            own = [moments[linear.local] for linear in members]
+            layers = _alike(own[0], members[0], needed) if len(own) == 1 else _together(own, needed)
+            for local in few:
+                moments[local] = layers
     return moments
 
 
-def _together(members: Sequence[Moments]) -> Moments:
-    """The mean over members, weighted by their tokens; with the samples of the one that saw most. ``tokens`` is their sum."""
-    tokens = sum(item.tokens for item in members)
-    most = max(members, key=lambda item: item.tokens)
-    if not tokens:
-        flat: dict[str, Any] = {name: _flat(value, name) for name, value in _tensors(most).items() if name in OF_TOKENS}
-        return replace(most, **flat, input_power=1.0, tokens=1)
+def _seen(moments: Moments) -> int:
+    """Tokens that came, or that went backward where that was asked for and they are fewer."""
+    return min(moments.tokens, moments.gradient_seen) if moments.gradient_tokens else moments.tokens
+
+
+def _together(members: Sequence[Moments], needed: int) -> Moments:
+    """The mean over members, weighted by their tokens, as if ``needed`` tokens had come; samples of the one that saw most."""
+    tokens, backward = (max(sum(getattr(item, name) for item in members), 1) for name in ("tokens", "gradient_seen"))
+    most = max(members, key=_seen)
     mean: dict[str, Any] = {}
-    for name in _tensors(most):
-        parts = [(value, item.tokens) for item in members if (value := getattr(item, name)) is not None]
-        mean[name] = sum(
-            (value * (1.0 if name in OF_TEXT else count / tokens) for value, count in parts), torch.zeros(())
-        )
-    power = sum(item.input_power * item.tokens for item in members) / tokens
-    if len(members) == 1:  # nobody to learn from: alike in every direction, on average as what came
-        for name in {"input", "output", "weighted"} & mean.keys():
-            size = len(mean[name])
-            mean[name] += torch.eye(size) * float(mean[name].diagonal().mean())
+    for name in OF_TOKENS:
+        parts = [value * (item.tokens / tokens) for item in members if (value := getattr(item, name)) is not None]
+        mean |= {name: sum(parts, torch.zeros(()))} if parts else {}
+    for name in OF_GRADIENTS:
+        parts = [value * (needed / backward) for item in members if (value := getattr(item, name)) is not None]
+        mean |= {name: sum(parts, torch.zeros(()))} if parts else {}
     samples = most.gradient_samples
     return replace(
         most,
         **mean,
-        tokens=tokens,
-        input_power=power,
-        gradient_power=sum(item.gradient_power for item in members),
-        # as if every token of all had come to it, as the sums are
-        gradient_samples=None if samples is None else samples * (tokens / most.tokens) ** 0.5,
+        tokens=needed,
+        input_power=sum(item.input_power * item.tokens for item in members) / tokens,
+        gradient_seen=needed if most.gradient_tokens else 0,
+        gradient_power=sum(item.gradient_power for item in members) * needed / backward,
+        gradient_samples=None if samples is None else samples * (needed / most.gradient_seen) ** 0.5,
+        borrowed=True,
     )
 
 
-def _tensors(moments: Moments) -> Mapping[str, torch.Tensor]:
-    return {name: value for name in (*OF_TOKENS, *OF_TEXT) if (value := getattr(moments, name)) is not None}
-
-
-def _flat(value: torch.Tensor, name: str) -> torch.Tensor:
-    """What to take of a moment of which nothing is known."""
-    return torch.eye(len(value)) if value.dim() == 2 else torch.ones_like(value) if name != "mean" else value
-
-
-def _of_tokens(together: Moments, tokens: int) -> Moments:
-    """The share of one to whom ``tokens`` of all tokens came."""
-    share = tokens / together.tokens
-    sums: dict[str, Any] = {name: value * share for name in OF_TEXT if (value := getattr(together, name)) is not None}
-    samples = together.gradient_samples
+def _alike(own: Moments, linear: Linear, needed: int) -> Moments:
+    """What came, and as much again of every direction of the input; ``input`` is read before ``output``."""
+    power = own.input_power or 1.0
+    came = own.input if own.input is not None else torch.zeros(linear.d_in, linear.d_in)
+    flat = torch.full((linear.d_in,), power)
     return replace(
-        together,
-        **sums,
-        tokens=tokens,
-        gradient_power=together.gradient_power * share,
-        gradient_samples=None if samples is None else samples * share**0.5,
+        own,
+        tokens=needed,
+        input_power=2 * power if own.tokens else power,
+        input=came + torch.diag(flat),
+        output=None,
+        mean_absolute=None if own.mean_absolute is None else own.mean_absolute + flat.sqrt(),
+        mean_square=None if own.mean_square is None else own.mean_square + flat,
         borrowed=True,
     )

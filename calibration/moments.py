@@ -34,9 +34,9 @@ class Moments:
     ``(d_in,)`` or None, as are ``mean`` and ``mean_square``; ``input_power``: ``E[|x|^2] / d_in``, the mean of the input
     moment's diagonal.
 
-    Of the gradient ``g`` of the summed loss at the output, sums over the tokens that came to the linear, over ``gradient_tokens``,
-    which are all of the text that went backward (so that losses are per token of the text): ``gradient``
-    ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
+    ``gradient_seen`` of the tokens that came to the linear went backward. Of the gradient ``g`` of the summed loss at the output there
+    are sums over these, over ``gradient_tokens``, which are all of the text that went backward (so that losses are per token of the
+    text): ``gradient`` ``(d_out, d_out)`` or None; ``pulled`` ``(d_in, d_in)`` or None; ``gradient_power``: ``E[|g|^2] / d_out``;
     ``weighted`` ``(d_in, d_in)`` or None: ``E[|g|^2 x x^T] / E[|g|^2]``, the input's moment with each token counted by what the
     loss makes of it, ``|g|^2`` summed over the linears that share the input;
     ``row_fisher`` ``(d_out,)`` or None: ``E[g_i^2 |x|^2]``, the Fisher information of row i summed over its weights;
@@ -54,6 +54,7 @@ class Moments:
     mean: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
     gradient_tokens: int = 0
+    gradient_seen: int = 0
     gradient_power: float = 0.0
     gradient: torch.Tensor | None = None
     pulled: torch.Tensor | None = None
@@ -376,6 +377,7 @@ class GroupCollector:
                 moments = replace(
                     moments,
                     gradient_tokens=gradient_tokens,
+                    gradient_seen=self._gradient_tokens[name],
                     gradient_power=self._gradient_power[name] / seen,
                     gradient=self._gradients[name].div_(seen) if name in self._gradients else None,
                     pulled=self._pulled[name].div_(seen) if name in self._pulled else None,

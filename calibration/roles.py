@@ -30,8 +30,12 @@ ROLES: dict[str, str] = {
     "fc2": "down",
     "mlp.c_proj": "down",
     "dense_4h_to_h": "down",
+    "router": "router",
+    "router.proj": "router",
+    "gate": "router",
 }
 OTHER = "other"
+ROUTER = "router"  # of a layer with experts: it stays dense
 ENDS = ("embedding", "head")  # not of a layer
 PRODUCERS = ("gate", "up", "gate and up")  # make the intermediate channels of the feed-forward network
 CONSUMER = "down"  # reads them

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from calibration.moments import module_weight
-from calibration.roles import ENDS, role_of
+from calibration.roles import ENDS, ROUTER, role_of
 from checkpoint.errors import UserError
 from checkpoint.modeling_template import Experts, stacks_experts
 from checkpoint.source import Source
@@ -35,7 +35,8 @@ class Linear:
     """One linear map ``y = W x + b`` of a decoder layer; ``W`` is ``(d_out, d_in)`` whatever the storage.
 
     ``name`` is the module's path in the model, ``local`` its path in the layer; ``nbytes`` counts the
-    weight as stored in the source, without the bias. ``role`` is from the table in roles.py.
+    weight as stored in the source, without the bias. ``role`` is from the table in roles.py. Of a mixture's expert ``mixture`` is the
+    same for that linear of every expert of the layer, and ``share`` the part of all tokens that come to it on average.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Linear:
     has_bias: bool
     dtype: torch.dtype
     role: str
+    mixture: str = ""
+    share: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -151,16 +154,20 @@ def discover(source: Source) -> Structure:
         _check_arguments(*(_probe_calls(source, path, list(layers), token)[0] for token in (0, 1)))
     with source.zeros(list(source.model.state_dict())):
         calls, front, returns_tuple = _probe_calls(source, path, list(layers))
-        seen: dict[tuple[Any, ...], tuple[list[tuple[str, ...]], list[tuple[str, str]]]] = {}
+        seen: dict[tuple[Any, ...], tuple[list[tuple[str, ...]], list[tuple[str, str]], dict[str, float]]] = {}
         found, left = [], []
         for index, layer in enumerate(layers):
             signature = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
             if signature not in seen:
                 seen[signature] = _probe_layer(layer, *calls[index])
-            groups, dense = seen[signature]
+            groups, dense, mixtures = seen[signature]
             layer_path = f"{path}.{index}"
             found.append(
-                Layer(index, layer_path, tuple(_group(source, layer, layer_path, index, names) for names in groups))
+                Layer(
+                    index,
+                    layer_path,
+                    tuple(_group(source, layer, layer_path, index, names, mixtures) for names in groups),
+                )
             )
             left += [(f"{layer_path}.{name}", reason) for name, reason in dense]
     if not any(layer.groups for layer in found):
@@ -187,7 +194,9 @@ def _ends(source: Source, index: int) -> tuple[Linear, ...]:
     return tuple(ends)
 
 
-def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names: tuple[str, ...]) -> Group:
+def _group(
+    source: Source, layer: nn.Module, layer_path: str, index: int, names: tuple[str, ...], mixtures: dict[str, float]
+) -> Group:
     members = []
     for local in names:
         module = layer.get_submodule(local)
@@ -195,7 +204,12 @@ def _group(source: Source, layer: nn.Module, layer_path: str, index: int, names:
         name = f"{layer_path}.{local}"
         dtype = source.stored_dtype(f"{name}.weight")
         transposed, has_bias = isinstance(module, Conv1D), module.bias is not None
-        members.append(Linear(name, local, index, d_out, d_in, transposed, has_bias, dtype, role_of(local)))
+        path = next((path for path in mixtures if local.startswith(path + ".")), None)
+        kind = "" if path is None else f"{path}.{local.removeprefix(path + '.').partition('.')[2]}"
+        share = 1.0 if path is None else mixtures[path]
+        members.append(
+            Linear(name, local, index, d_out, d_in, transposed, has_bias, dtype, role_of(local), kind, share)
+        )
     return Group(tuple(members))
 
 
@@ -266,8 +280,8 @@ def _check_arguments(first: list[Any], second: list[Any]) -> None:
 
 def _probe_layer(
     layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
-    """Groups of linears by shared input in running order, and what is left dense."""
+) -> tuple[list[tuple[str, ...]], list[tuple[str, str]], dict[str, float]]:
+    """Groups of linears by shared input in running order, what is left dense, and each mixture's part of tokens an expert."""
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     groups: dict[tuple[Any, ...], list[str]] = {}
     alive = []
@@ -278,12 +292,16 @@ def _probe_layer(
         if name not in members:
             members.append(name)
 
-    def every_expert(hidden: torch.Tensor, *_: Any, module: Experts) -> torch.Tensor:
+    mixtures = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
+    shares: dict[str, float] = {}
+
+    def every_expert(hidden: torch.Tensor, chosen: torch.Tensor, *_: Any, path: str) -> torch.Tensor:
+        module = mixtures[path]
+        shares[path] = chosen.shape[-1] / module.num_experts
         return sum((module.expert(i, hidden.clone()) for i in range(module.num_experts)), hidden)
 
     # a few tokens would not come to every expert
-    mixtures = [module for module in layer.modules() if isinstance(module, Experts)]
-    forwards = [partial(every_expert, module=module) for module in mixtures]
+    forwards = [partial(every_expert, path=path) for path in mixtures]
     not_linear = set[str]()
 
     def check(name: str, y: Any) -> None:
@@ -294,7 +312,7 @@ def _probe_layer(
     hooks += [m.register_forward_hook(lambda _, a, y, name=name: check(name, y)) for name, m in linears.items()]
     before = [tensor.clone() for tensor in _tensors((args, kwargs))]
     try:
-        with torch.no_grad(), patched_forwards(mixtures, forwards):
+        with torch.no_grad(), patched_forwards(list(mixtures.values()), forwards):
             layer(hidden, *args, **kwargs)
     finally:
         for hook in hooks:
@@ -306,7 +324,11 @@ def _probe_layer(
     choices = {
         module.num_experts for module in layer.modules() if isinstance(module, Experts) or stacks_experts(module)
     }
-    routers = {name for name, module in linears.items() if module_weight(module).shape[0] in choices}
+    routers = {
+        name
+        for name, module in linears.items()
+        if role_of(name) == ROUTER and module_weight(module).shape[0] in choices
+    }
     called = {name for members in groups.values() for name in members}
     dense = [(name, "linear not called in a plain forward pass") for name in linears if name not in called]
     dense += [(name, "it does more than a linear map, as routers do") for name in sorted(not_linear)]
@@ -315,4 +337,4 @@ def _probe_layer(
         if parameter.dim() >= 2 and name.rpartition(".")[0] not in linears:
             dense.append((name, f"parameter of shape {list(parameter.shape)} is not a linear map of one token"))
     plain = [tuple(name for name in members if name not in not_linear | routers) for members in groups.values()]
-    return [members for members in plain if members], dense
+    return [members for members in plain if members], dense, shares

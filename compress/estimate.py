@@ -57,9 +57,11 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
 def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int, over_a_layer: int) -> float:
     backward = recipe.backward
     passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else over_a_layer * (BACKWARD_PASSES if backward else 1.0)
-    flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out for linear in structure.linears)
+    flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out * linear.share for linear in structure.linears)
     squares = sum(
-        min(group.linears[0].d_in, group.linears[0].d_out) ** 2 for layer in structure.layers for group in layer.groups
+        group.linears[0].share * min(group.linears[0].d_in, group.linears[0].d_out) ** 2
+        for layer in structure.layers
+        for group in layer.groups
     )
     solving = sum(
         25.0 * min(linear.d_in, linear.d_out) ** 3 + 6.0 * linear.d_in * linear.d_out * min(linear.d_in, linear.d_out)

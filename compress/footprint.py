@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
@@ -94,7 +95,7 @@ def within(source: Source, structure: Structure, recipe: Recipe, limit: int | No
     Fewer windows cost less time than more passes, and are tried first. Raises UserError naming what does not fit.
     """
     tried = footprints(source, structure, recipe)
-    most_passes = max(len(layer.linears) for layer in structure.layers) if recipe.mode != "sequential" else 1
+    most_passes = max(len(_together(layer)) for layer in structure.layers) if recipe.mode != "sequential" else 1
     passes = 1
     while limit is not None and max(item.nbytes for item in tried) > limit:
         if recipe.micro_batch > 1 and recipe.needs:
@@ -113,34 +114,49 @@ def within(source: Source, structure: Structure, recipe: Recipe, limit: int | No
 
 def in_passes(layer: Layer, recipe: Recipe, passes: int) -> list[tuple[Linear, ...]]:
     """The linears of a layer in ``passes`` runs of neighbours (or fewer), the largest run's moments as small as can be."""
-    sizes = [_moments(group, recipe, SINGLE) for group in layer.groups]
-    linears = [(linear, sizes[index]) for index, group in enumerate(layer.groups) for linear in group.linears]
+    groups = [(group, _moments(group, recipe, SINGLE)) for group in layer.groups]
+    sizes = {linear.local: of_group for group, of_group in groups for linear in group.linears}
+    together = _together(layer)
 
-    def held(run: Sequence[tuple[Linear, dict[str, int]]]) -> int:
+    def held(run: Iterable[Sequence[Linear]]) -> int:
         """What its linears share with their groups is there once."""
-        shared = {id(of_group): of_group[""] for _, of_group in run}
-        return sum(shared.values()) + sum(of_group[linear.local] for linear, of_group in run)
+        of_groups = [(linear.local, sizes[linear.local]) for linears in run for linear in linears]
+        shared = {id(of_group): of_group[""] for _, of_group in of_groups}
+        return sum(shared.values()) + sum(of_group[local] for local, of_group in of_groups)
 
-    def runs(most: int) -> list[list[tuple[Linear, dict[str, int]]]]:
-        found: list[list[tuple[Linear, dict[str, int]]]] = [[]]
-        for item in linears:
+    def runs(most: int) -> list[list[tuple[Linear, ...]]]:
+        found: list[list[tuple[Linear, ...]]] = [[]]
+        for item in together:
             if found[-1] and held([*found[-1], item]) > most:
                 found.append([])
             found[-1].append(item)
         return found
 
-    ends = range(1, len(linears) + 1)
-    totals = sorted({held(linears[first:last]) for last in ends for first in range(last)})
-    least = max(held([item]) for item in linears)
+    ends = range(1, len(together) + 1)
+    totals = sorted({held(together[first:last]) for last in ends for first in range(last)})
+    least = max(held([item]) for item in together)
     fits = [most for most in totals if most >= least]
     most = fits[bisect_left(fits, True, key=lambda most: len(runs(most)) <= passes)]
-    return [tuple(linear for linear, _ in run) for run in runs(most)]
+    return [tuple(linear for linears in run for linear in linears) for run in runs(most)]
+
+
+def _together(layer: Layer) -> list[tuple[Linear, ...]]:
+    """The linears of a layer one by one, but all experts of a mixture as one: those with few tokens are lent the others' moments."""
+    found: list[tuple[Linear, ...]] = []
+    for linear in layer.linears:
+        if linear.mixture and found and found[-1][-1].mixture:
+            found[-1] = (*found[-1], linear)
+        else:
+            found.append((linear,))
+    return found
 
 
 def _moments(group: Group, recipe: Recipe, itemsize: int) -> dict[str, int]:
     """Bytes of the moments and samples of a group: of all (``""``), and of each linear's own by its name."""
     sizes = {linear.local: (linear.d_out, linear.d_in) for linear in group.linears}
-    return moment_bytes(sizes, recipe.needs, SAMPLES if recipe.backward else 0, itemsize)
+    # of an expert's rows those are touched that come to it: twice its share, where the router is uneven
+    rows = ceil(2 * group.linears[0].share * recipe.gradient_windows * recipe.sequence_length)
+    return moment_bytes(sizes, recipe.needs, SAMPLES if group.linears[0].share == 1 else min(SAMPLES, rows), itemsize)
 
 
 def record_bytes(recipe: Recipe, unit: Linear) -> int:
@@ -177,10 +193,11 @@ class _Shapes:
 
     def activations(self, layer: Layer, backward: bool) -> int:
         """Of a micro-batch in a layer: what its linears give, residuals and norms in float32; for autograd, what they read too."""
-        outputs = sum(linear.d_out for linear in layer.linears)
+        # what experts give is gathered and weighed, and is there twice
+        outputs = ceil(sum(linear.d_out * linear.share * (2 if linear.mixture else 1) for linear in layer.linears))
         numbers = self.itemsize * (outputs + 4 * self.width) + SINGLE * 2 * self.width
         if backward:
-            inputs = sum(group.linears[0].d_in for group in layer.groups)
+            inputs = ceil(sum(group.linears[0].d_in * group.linears[0].share for group in layer.groups))
             numbers += self.itemsize * (2 * outputs + inputs) + SINGLE * 4 * self.width
         return self.tokens * (numbers + self.scores(backward))
 

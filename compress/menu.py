@@ -94,7 +94,7 @@ class Storage:
 
 def _shape(linear: Linear) -> Linear:
     """The linear without what tells it from others of its shape."""
-    return replace(linear, name="", local="", layer=0)
+    return replace(linear, name="", local="", layer=0, mixture="", share=1.0)
 
 
 @cache

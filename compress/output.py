@@ -157,6 +157,7 @@ def matrix_rows(plan: Plan, work: WorkDirectory, collected: Collected) -> list[d
                     "factor_bits": spec.factors.bits if spec and spec.factors else "",
                     "bytes": plan.recipe.storage.nbytes(linear, choice),
                     "parameters": parameters,
+                    "share": linear.share,
                     "kept": round(parameters / (linear.d_out * linear.d_in), 4),
                     "relative_error": relative,
                     "loss": "" if loss is None else float(f"{loss:.6g}"),

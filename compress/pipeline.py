@@ -28,7 +28,7 @@ from compress import driver
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
-from compress.children import check_evaluation, check_written, evaluate
+from compress.children import bring_packages, check_evaluation, check_written, evaluate
 from compress.footprint import within
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
 from compress.progress import Stage, say
@@ -125,6 +125,7 @@ def run(request: Request) -> list[Path]:
     processes.of_main(lambda: check_evaluation(source.directory, recipe.evaluate))
     if request.dry_run:
         return []
+    processes.of_main(lambda: bring_packages(recipe.evaluate))
     with Stage("tokenising", 1, "text") as tokenising:
         windows = processes.of_main(lambda: calibration_windows(source, recipe))
         tokenising.step()
@@ -249,6 +250,7 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "processes": processes.count(),
         "versions": versions(),
         "records": RECORDS,
+        **({"experts": sorted(source.experts)} if source.experts else {}),  # stacked ones are no linears
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
         "ends": recipe.packs_ends,
         "only_what_losses_choose": bool(recipe.storage.grids and ALLOCATIONS[recipe.allocation].reads),

@@ -114,10 +114,11 @@ def make_plan(
     choices = choose(units, source.nbytes, ratio, recipe.ratio_scope, allocation, recipe.storage, collected)
     parameters = sum(torch.Size(item.shape).numel() for item in source.used_tensors())
     beside = [
-        source.stored(name)
+        item
         for layer in removed_layers(structure, choices)
         for name in source.parameter_names([layer.path])
         if name not in {f"{linear.name}.weight" for linear in layer.linears}
+        for item in source.all_stored(name)
     ]
     removed = sum(item.nbytes for item in beside), sum(torch.Size(item.shape).numel() for item in beside)
     sizes = measure(units, choices, recipe.storage, source.nbytes, parameters, recipe.ratio_scope, removed)

@@ -134,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.output, report)
     for found, trust in ((dense, False), (model, options.trust_remote_code)) if options.lm_eval_output else ():
         if found is not None and found.lm_eval:
-            seconds = sum(task.seconds for task in found.tasks)
-            write_lm_eval(options.lm_eval_output, Path(found.model), found.lm_eval, seconds, trust)
+            write_lm_eval(options.lm_eval_output, Path(found.model), found.lm_eval, trust)
     print(format_table(dense, model))
     return 0
 

@@ -79,9 +79,10 @@ class Output:
 
     @cached_property
     def operations(self) -> float:
-        """Multiplications and additions of the decoder's linears a token, 2 for each parameter they keep."""
+        """Multiplications and additions of the decoder's linears a token: 2 for each parameter that is kept and that it meets."""
         with (self.directory / "matrices.csv").open(encoding="utf-8", newline="") as file:
-            return sum(2.0 * int(row["parameters"]) for row in csv.DictReader(file) if row["layer"])
+            rows = [row for row in csv.DictReader(file) if row["layer"]]
+        return sum(2.0 * int(row["parameters"]) * float(row.get("share") or 1) for row in rows)
 
     def speed(self, text: str) -> float | None:
         """Tokens a second in the windows of ``text`` when it was evaluated."""

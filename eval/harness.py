@@ -96,6 +96,7 @@ def run_task(
             )
             for name, documents in samples.items()
         }
+        found["total_evaluation_time_seconds"] = seconds
         plain = json.loads(json.dumps(found, default=handle_non_serializable))
         return [_task_result(found, samples[name], name, name in offline, seconds) for name in samples], plain
 
@@ -148,14 +149,18 @@ def _task_result(found: Any, samples: Any, name: str, offline: bool, seconds: fl
             error = values.get(f"{metric}_stderr,{kind}")
             label = metric if kind == "none" else key
             metrics[label] = Metric(value, error if isinstance(error, float) else None)
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    numeric = [key for key in samples[0]["metrics"] if isinstance(samples[0][key], int | float)]
+    per_document: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):  # once for each filter of its answer
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):
+                label = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                per_document.setdefault(label, []).append(float(sample[metric]))
     return TaskResult(
         task=name,
         documents=found["n-samples"][name]["effective"],
         few_shot=found["n-shot"][name],
         offline_copy=offline,
         metrics=metrics,
-        per_document={key: [float(sample[key]) for sample in samples] for key in numeric},
+        per_document=per_document,
         seconds=seconds,
     )

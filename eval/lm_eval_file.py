@@ -24,26 +24,26 @@ _BY_TASK = (
     "task_hashes",
 )
 
+SECONDS = "total_evaluation_time_seconds"  # when the tasks were measured
+
 
 def merged(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What lm-eval found of several tasks, one at a time, as if it had run them together; empty for none."""
     whole: dict[str, Any] = {}
     for part in found:
+        seconds = whole.get(SECONDS, 0.0) + part.get(SECONDS, 0.0)
         joined = {key: {**whole.get(key, {}), **part[key]} for key in _BY_TASK if key in part}
-        whole = {**whole, **part, **joined}
+        whole = {**whole, **part, **joined, SECONDS: seconds}
     return whole
 
 
-def write_lm_eval(directory: Path, model: Path, found: dict[str, Any], seconds: float, trust_remote_code: bool) -> Path:
-    """Write ``directory/MODEL/results_DATE.json``; returns its path.
-
-    The date is that of the writing, ``seconds`` what the tasks took when they were measured.
-    """
+def write_lm_eval(directory: Path, model: Path, found: dict[str, Any], trust_remote_code: bool) -> Path:
+    """Write ``directory/MODEL/results_DATE.json``; returns its path. The date is that of the writing."""
     name = str(model)
     arguments = {"pretrained": name, **({"trust_remote_code": True} if trust_remote_code else {})}
     about = GeneralConfigTracker()
     about.log_experiment_args("hf", arguments, None, found["chat_template"], found["fewshot_as_multiturn"])
-    about.total_evaluation_time_seconds = str(seconds)
+    about.total_evaluation_time_seconds = str(found[SECONDS])
     config = {**found["config"], "model": "hf", "model_args": arguments}
     place = directory / sanitize_model_name(name)
     place.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def write_report(
         "mended": mended,
         "left_dense": [{"name": name, "reason": reason} for name, reason in plan.structure.left_dense],
         "unused_source_tensors": plan.source.unused,
-        "needs": needed_packages(directory, rows),
+        "needs": needed_packages(directory, plan.recipe.export, rows),
         "stages": stages,
         "seconds_per_matrix": sum(row["seconds"] for row in rows) / len(rows),
         "run": run,
@@ -63,10 +63,10 @@ def write_report(
     write_text(directory / PAGE, page_of(directory))
 
 
-def needed_packages(directory: Path, rows: list[dict[str, Any]]) -> list[str]:
+def needed_packages(directory: Path, export: str, rows: list[dict[str, Any]]) -> list[str]:
     """What must be installed beside transformers for the checkpoint in ``directory`` to load whole."""
     adapter = (directory / "adapter_config.json").is_file()
-    integers = any(row["bits"] or row["factor_bits"] for row in rows)
+    integers = export != "dense" and any(row["bits"] or row["factor_bits"] for row in rows)
     return ["compressed-tensors"] * integers + ["peft"] * adapter
 
 
@@ -98,8 +98,9 @@ def card(report: dict[str, Any], table: str | None) -> str:
     )
     left = "".join(f"- `{item['name']}`: {item['reason']}\n" for item in report["left_dense"])
     evaluation = f"```\n{table.rstrip()}\n```" if table else "Not evaluated."
-    install = f"\nIt needs `pip install {' '.join(report['needs'])}`." if report["needs"] else ""
-    if "peft" in report["needs"]:
+    needs = report.get("needs", [])  # reports of earlier versions have none
+    install = f"\nIt needs `pip install {' '.join(needs)}`." if needs else ""
+    if "peft" in needs:
         install += (
             " Without peft transformers loads the integers alone, and says nothing of the corrections that are missing."
         )

@@ -20,7 +20,7 @@ def page_of(directory: Path) -> str:
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     with (directory / "matrices.csv").open(encoding="utf-8", newline="") as file:
         matrices = list(csv.DictReader(file))
-    curves = json.loads((directory / CURVES).read_text(encoding="utf-8"))
+    curves = json.loads((directory / CURVES).read_text(encoding="utf-8")) if (directory / CURVES).exists() else []
     sizes, recipe = report["sizes"], report["recipe"]
     title = f"{Path(report['model']).name} at {sizes['model_bytes']:.3f} of its bytes"
     body = "".join(
@@ -49,7 +49,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
             f"{len(left)} parameters were left dense: {left[0]['name']} ({left[0]['reason']})"
             + ", ..." * (len(left) > 1)
         )
-    if "peft" in report["needs"]:
+    if "peft" in report.get("needs", []):
         found.append("without the package peft it loads without its corrections, and transformers says nothing")
     if report["unused_source_tensors"]:
         found.append(

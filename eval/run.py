@@ -71,8 +71,9 @@ class _Session:
         self.settings = settings
         self.dtype_name, self.dtype_reason = str(dtype).removeprefix("torch."), dtype_reason
         logger.info("evaluating in %s: %s", self.dtype_name, self.dtype_reason)
+        # one process says which texts there are: of several each might reach others
+        self.texts, self.missing = processes.of_main(lambda: _texts(settings))
         with processes.main_first():  # what is not in the user's cache yet is brought once
-            self.texts, self.missing = _texts(settings)
             self.manager = task_manager(settings.tasks, settings.online)
         self.versions = {name: version(name) for name in _LIBRARIES}
         self.cache = FigureCache(cache_root() / "evaluations")

@@ -36,6 +36,11 @@ def test_a_conversation_is_written_out_with_its_special_tokens(tokenizer, tmp_pa
     assert "<s>assistant: four</s>" in tokenizer.decode(ids)
 
 
+def test_a_template_that_writes_the_date_gives_the_same_text_every_day(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M') }}" + TEMPLATE
+    assert next(read_text(written(tmp_path, {"messages": CHAT}), tokenizer)).startswith("01 Jan 2026<s>user")
+
+
 def test_text_goes_before_messages(tokenizer, tmp_path):
     assert next(read_text(written(tmp_path, {"text": "plain", "messages": CHAT}), tokenizer)) == "plain\n\n"
 
@@ -45,7 +50,9 @@ def test_text_goes_before_messages(tokenizer, tmp_path):
     [
         (None, CHAT, "no chat template"),
         (TEMPLATE + "{{ raise_exception('no') }}", CHAT, "cannot write out"),
-        (TEMPLATE, [3], "cannot write out"),
+        (TEMPLATE, [3], "no list of"),
+        (TEMPLATE, [{"from": "human", "value": "ab"}], "no list of"),
+        (TEMPLATE, [CHAT], "no list of"),
     ],
 )
 def test_what_cannot_be_written_out_is_told_in_one_line(tokenizer, tmp_path, template, messages, reason):

@@ -238,7 +238,7 @@ def test_lm_eval_reads_the_results_as_its_own(
     cache: Path, dense: Path, settings: EvaluationSettings, tmp_path: Path
 ) -> None:
     evaluation = evaluate(dense, replace(settings, tasks=("piqa",)))
-    path = write_lm_eval(tmp_path / "lm_eval", dense, evaluation.lm_eval, 1.5, False)
+    path = write_lm_eval(tmp_path / "lm_eval", dense, evaluation.lm_eval, False)
     assert path.parent.name == sanitize_model_name(str(dense)) and path.match("results_*.json")
     results = json.loads(path.read_text())
     assert "piqa" in make_table(results) and "acc_norm" in make_table(results)
@@ -251,7 +251,14 @@ def test_lm_eval_reads_the_results_as_its_own(
 def test_tasks_one_at_a_time_are_merged_as_if_together() -> None:
     one = {"results": {"a": 1}, "versions": {"a": 0}, "date": 1}
     other = {"results": {"b": 2}, "versions": {"b": 0}, "groups": {"g": 3}, "date": 2}
-    both = {"results": {"a": 1, "b": 2}, "versions": {"a": 0, "b": 0}, "groups": {"g": 3}, "date": 2}
+    one["total_evaluation_time_seconds"], other["total_evaluation_time_seconds"] = 1.5, 2.0
+    both = {
+        "total_evaluation_time_seconds": 3.5,
+        "results": {"a": 1, "b": 2},
+        "versions": {"a": 0, "b": 0},
+        "groups": {"g": 3},
+        "date": 2,
+    }
     assert merged([one, other]) == both
     assert merged([]) == {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from test_gradients import difference, streamed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layerpress
-from calibration.experts import kind_of, lent
+from calibration.experts import lent
 from calibration.labels import NO_LABEL, next_tokens
 from calibration.moments import Moments
 from calibration.structure import Linear, discover
 from checkpoint.errors import UserError
 from checkpoint.modeling_template import separate_experts
 from checkpoint.source import Source
+from compress import pipeline
+from compress.footprint import in_passes
 
 MIXTURE = "model.layers.1.mlp.experts"
 
@@ -61,58 +64,140 @@ def test_an_experts_moments_are_of_its_own_tokens_and_its_loss_of_all(models, tm
     assert not any("router" in name or name.endswith("mlp.gate") for name in names)
 
 
-def linear(local: str, d_out: int = 4, d_in: int = 6) -> Linear:
-    return Linear(f"layer.{local}", local, 0, d_out, d_in, False, False, torch.float32, "down")
+def linear(local: str, mixture: str = "moe.down_proj", d_out: int = 4, d_in: int = 6) -> Linear:
+    return Linear(f"layer.{local}", local, 0, d_out, d_in, False, False, torch.float32, "down", mixture)
 
 
 def moments_of(x: torch.Tensor, g: torch.Tensor, text: int) -> Moments:
+    """Of ``x`` that came, of which the first, with the gradients ``g``, went backward."""
     n = max(len(x), 1)
-    samples = {"input_samples": x, "gradient_samples": g * (len(x) / text) ** 0.5} if len(x) else {}
+    samples = {"input_samples": x[: len(g)], "gradient_samples": g * (len(g) / text) ** 0.5} if len(g) else {}
     return Moments(
         len(x),
         float(x.square().sum()) / n / x.shape[1],
         input=x.T @ x / n,
         gradient_tokens=text,
-        gradient_power=float(g.square().sum()) / text / g.shape[1],
-        gradient=g.T @ g / text,
+        gradient_seen=len(g),
+        gradient_power=float(g.square().sum()) / max(text, 1) / g.shape[1],
+        gradient=g.T @ g / max(text, 1),
         **samples,
     )
 
 
-def test_experts_with_few_tokens_are_lent_the_layers_moments():
+@pytest.mark.parametrize("backward", [[30, 2, 10, 0], [15, 2, 1, 0]], ids=["all went backward", "some did"])
+def test_experts_with_few_tokens_are_lent_the_layers_moments(backward):
     generator = torch.Generator().manual_seed(0)
-    counts, text = [30, 2, 10, 0], 42
+    counts = [30, 2, 10, 0]
+    came, text = sum(counts), sum(backward)
     x = [torch.randn(count, 6, generator=generator) for count in counts]
-    g = [torch.randn(count, 4, generator=generator) for count in counts]
+    g = [torch.randn(count, 4, generator=generator) for count in backward]
     linears = [linear(f"moe.{number}.down_proj") for number in range(4)]
     own = {item.local: moments_of(a, b, text) for item, a, b in zip(linears, x, g, strict=True)}
-    found = lent(dict(own), linears, ("moe",))
-    assert [found[item.local].borrowed for item in linears] == [False, True, False, True]
+    found = lent(dict(own), linears)
+    assert [found[item.local].borrowed for item in linears] == [False, True, backward[2] < 4, True]
     assert found["moe.0.down_proj"] is own["moe.0.down_proj"]
     every_x, every_g = torch.cat(x), torch.cat(g)
-    for local in ("moe.1.down_proj", "moe.3.down_proj"):
-        item = found[local]
-        assert item.tokens == 4, "as many as the smaller side has dimensions"
-        assert torch.allclose(item.input, every_x.T @ every_x / text, atol=1e-6)
-        assert torch.allclose(item.gradient, every_g.T @ every_g / text * 4 / text, atol=1e-6)
-        assert item.gradient_power == pytest.approx(float(item.gradient.diagonal().mean()))
-        scale = item.gradient_samples.square().sum(1).mean() / (g[0].square().sum(1).mean())
-        assert float(scale) == pytest.approx(4 / text)
+    item = found["moe.3.down_proj"]
+    assert found["moe.1.down_proj"] is item
+    assert item.tokens == item.gradient_seen == 4, "as many as the smaller side has dimensions"
+    assert torch.allclose(item.input, every_x.T @ every_x / came, atol=1e-6)
+    assert torch.allclose(item.gradient, every_g.T @ every_g / text * 4 / text, atol=1e-6)
+    assert item.gradient_power == pytest.approx(float(item.gradient.diagonal().mean()))
+    scale = item.gradient_samples.square().sum(1).mean() / (g[0].square().sum(1).mean())
+    assert float(scale) == pytest.approx(4 / text)
 
 
 def test_an_expert_that_is_collected_alone_is_not_thrown_away():
     alone = [linear("moe.0.down_proj")]
-    nothing = lent({"moe.0.down_proj": moments_of(torch.zeros(0, 6), torch.zeros(0, 4), 9)}, alone, ("moe",))
-    assert torch.equal(nothing["moe.0.down_proj"].input, torch.eye(6))
-    one = lent({"moe.0.down_proj": moments_of(torch.ones(1, 6), torch.zeros(1, 4), 9)}, alone, ("moe",))
-    assert float(torch.linalg.eigvalsh(one["moe.0.down_proj"].input).min()) > 0.5
+    weight = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for rows in (0, 1):
+        own = moments_of(torch.ones(rows, 6), torch.zeros(0, 4), 0)
+        by_output = replace(own, input=None, output=torch.zeros(4, 4))
+        for given in (own, by_output):
+            (item,) = lent({"moe.0.down_proj": given}, alone).values()
+            assert item.borrowed and float(torch.linalg.eigvalsh(item.input).min()) > 0.5
+            if not rows:
+                assert torch.allclose(item.of_output(weight), weight @ weight.T), "as plain SVD would have it"
 
 
 def test_only_experts_are_lent_to():
-    assert kind_of("mlp.experts.12.gate_up_proj", ("mlp.experts",)) == "mlp.experts.gate_up_proj"
-    assert kind_of("mlp.shared_experts.down_proj", ("mlp.experts",)) is None
     few = {"down_proj": moments_of(torch.ones(1, 6), torch.ones(1, 4), 9)}
-    assert lent(dict(few), [linear("down_proj")], ("moe",)) == few
+    assert lent(dict(few), [linear("down_proj", mixture="")]) == few
+
+
+def test_experts_of_a_mixture_are_collected_together(models):
+    source = Source(models("qwen3_moe"), torch.float32, separate_experts=True)
+    structure = discover(source)
+    layer = structure.layers[0]
+    experts = [item for item in layer.linears if item.mixture]
+    assert len(experts) == 12 and {item.mixture for item in experts} == {
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }
+    assert all(item.share == pytest.approx(2 / 6) for item in experts)
+    recipe = layerpress.load_recipe("loss-aware")
+    for passes in (1, 2, 3, 99):
+        runs = in_passes(layer, recipe, passes)
+        assert [item for run in runs for item in run] == layer.linears
+        assert sum(any(item.mixture for item in run) for run in runs) == 1
+
+
+def test_more_passes_change_no_byte(models, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "within", lambda source, structure, recipe, limit: (recipe, limit or 1))
+    settings = {"calibration": str(text), "calibration_tokens": 1024, "sequence_length": 64, "evaluate": "none"}
+    found = [
+        layerpress.compress(
+            models("deepseek_v3"), 0.7, "loss-aware", output=tmp_path / str(passes), memory_limit=passes, **settings
+        )
+        for passes in (1, 3)
+    ]
+    assert zoo.content(found[0].output) == zoo.content(found[1].output)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "loss-aware"])
+def test_few_tokens_that_go_backward_are_enough(models, text, tmp_path, recipe):
+    chosen = layerpress.load_recipe(recipe).override({"gradient_tokens": 64})
+    settings = {"calibration": str(text), "calibration_tokens": 2048, "sequence_length": 64, "evaluate": "none"}
+    result = layerpress.compress(
+        models("qwen3_moe"), 0.7, chosen, output=tmp_path / "out", ratio_scope="decoder", **settings
+    )
+    assert any("too few tokens" in what for what in result.report["mended"])
+
+
+def test_a_refit_leaves_experts_alone_and_says_so(models, text, tmp_path):
+    for refit in ("update", "anchored"):
+        settings = {"calibration": str(text), "calibration_tokens": 1024, "sequence_length": 64, "evaluate": "none"}
+        result = layerpress.compress(
+            models("mixtral"), 0.8, "svd-llm", output=tmp_path / refit, refit=refit, ratio_scope="decoder", **settings
+        )
+        assert result.report["mended"]["matrices of experts that were not refitted"] == 24
+
+
+def test_formats_of_a_mixture_do_not_share_a_work_directory(models, text, tmp_path):
+    settings = {"calibration": str(text), "calibration_tokens": 1024, "sequence_length": 64, "evaluate": "none"}
+    settings |= {"work_dir": tmp_path / "work", "ratio_scope": "decoder"}
+    layerpress.compress(models("mixtral"), 0.8, "svd-llm", output=tmp_path / "dense", export="dense", **settings)
+    with pytest.raises(UserError, match="experts"):
+        layerpress.compress(models("mixtral"), 0.8, "svd-llm", output=tmp_path / "out", **settings)
+
+
+def test_a_linear_as_wide_as_there_are_experts_is_no_router(tmp_path):
+    directory = zoo.write_model(tmp_path / "model", "qwen3_moe", num_experts=24, head_dim=12)
+    structure = discover(Source(directory, torch.float32, separate_experts=True))
+    kept = {item.local for item in structure.layers[0].linears}
+    assert {"self_attn.k_proj", "self_attn.v_proj"} <= kept
+    assert [name for name, _ in structure.left_dense] == [
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.2.mlp.gate.weight",
+    ]
+
+
+def test_layers_of_a_mixture_can_be_removed(models, text, tmp_path):
+    settings = {"calibration": str(text), "calibration_tokens": 1024, "sequence_length": 64, "evaluate": "none"}
+    result = layerpress.compress(
+        models("mixtral"), 0.667, "block-removal", output=tmp_path / "out", ratio_scope="decoder", **settings
+    )
+    assert result.load().config.num_hidden_layers == 2
 
 
 def test_an_expert_that_the_router_never_chooses_is_kept_and_reported(models, text, tmp_path):
