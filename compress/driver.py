@@ -24,6 +24,7 @@ from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint import processes
 from checkpoint.memory import release_memory
+from checkpoint.progress import Stage
 from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS
 from compress.counts import count
@@ -34,7 +35,6 @@ from compress.linears import BORROWED, EMPTY, decompose, loss_of_all, noted, qua
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
 from compress.plan import Plan
-from compress.progress import Stage
 from compress.records import DENSE_STAGE, candidate_record, from_record, part_of, read_collected, stage_name, to_record
 from compress.refit import refit
 from compress.search import search

@@ -15,13 +15,13 @@ from calibration.roles import ENDS
 from calibration.structure import Linear
 from checkpoint.adapter import SHAPE_BYTES, write_adapter
 from checkpoint.forms import FORMS, Part
+from checkpoint.progress import Stage
 from checkpoint.sink import Replacement, write_dense, write_factored
 from checkpoint.workdir import WorkDirectory
 from compress.install import install
 from compress.menu import REMOVED
 from compress.methods import METHODS, NATS
 from compress.plan import Plan
-from compress.progress import Stage
 from compress.records import DENSE_STAGE, Parts, stage_name
 from compress.sizes import Collected
 

@@ -21,6 +21,7 @@ from checkpoint import processes
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
+from checkpoint.progress import Stage, say
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.workdir import WorkDirectory
@@ -31,7 +32,6 @@ from compress.allocations.welore import normalised
 from compress.children import bring_packages, check_evaluation, check_written, evaluate
 from compress.footprint import within
 from compress.plan import Plan, check_disk, format_plan, make_plan, make_source
-from compress.progress import Stage, say
 from compress.recipe import Recipe
 from compress.records import RECORDS
 from eval.compare import PAGE, write_comparison

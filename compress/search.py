@@ -14,11 +14,11 @@ from calibration.replay import OpenLayer, opened
 from calibration.structure import Linear
 from calibration.sweep import Sweep
 from calibration.windows import Windows
+from checkpoint.progress import Stage
 from checkpoint.workdir import WorkDirectory
 from compress.allocations.sensitivity import RATIOS, at_ratio
 from compress.install import module_for
 from compress.plan import Plan
-from compress.progress import Stage
 from compress.records import DENSE_STAGE, SEARCH_STAGE, part_of
 from compress.sizes import curve_of
 

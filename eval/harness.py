@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import processes
 from checkpoint.errors import UserError, told
-from compress.progress import Stage
+from checkpoint.progress import Stage
 from eval.offline import ensure
 from eval.results import Metric, TaskResult
 from eval.task_files import TASKS

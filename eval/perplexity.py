@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import processes
 from checkpoint.errors import UserError
-from compress.progress import Stage
+from checkpoint.progress import Stage
 from eval.results import DivergenceResult, PerplexityResult
 from eval.texts import Text
 
