@@ -28,7 +28,7 @@ check: $(STAMP)
 
 test: check
 	@echo "==> tests"
-	@OMP_WAIT_POLICY=passive $(PY) -m pytest
+	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from accelerate.state import AcceleratorState
 
 import run_pipeline
 from calibration.replay import opened
@@ -49,6 +50,7 @@ def together(count: int, work: Callable[[int], Any], directory: Path) -> list[An
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | LOOPBACK
             os.environ.update({name: str(value) for name, value in place.items()})
             torch.set_num_threads(1)  # a forked child has no threads but its own
+            AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test left was of a single process
             (directory / f"{index}.pickle").write_bytes(pickle.dumps(work(index)))
             code = 0
         finally:
