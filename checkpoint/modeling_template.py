@@ -409,6 +409,8 @@ class Experts(nn.Module):
 def separate_experts(root: nn.Module, paths: list[str]) -> None:
     """Give the experts at ``paths`` linears of their own. Raises ValueError for a path that holds no stacked experts."""
     modules = dict(root.named_modules())
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"config.json must list the paths of experts, not {paths!r}")
     for path in paths:
         stacked = modules.get(path)
         if stacked is None or not stacks_experts(stacked):

@@ -262,5 +262,6 @@ def test_experts_that_the_model_has_not_are_refused(models, text, tmp_path):
     (result.output / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="which this model has not"):
         result.load()
-    with pytest.raises(ValueError, match="which this model has not"):
-        separate_experts(torch.nn.Module(), ["anywhere"])
+    for paths, reason in ((["anywhere"], "which this model has not"), ("layers", "must list"), ([3], "must list")):
+        with pytest.raises(ValueError, match=reason):
+            separate_experts(torch.nn.Module(), paths)
