@@ -35,6 +35,7 @@ HEADROOM = 1.03  # the state of the heap moves a peak by so much from run to run
 SINGLE, DOUBLE = 4, 8  # bytes of a float
 # bytes a weight whose scale is searched, and of how many weights the heap keeps them: measured
 SEARCHING, KEPT = 64, 1 << 20
+HEAP = 40_000_000  # what the layers left in small blocks, when the ends come last: measured (make demo)
 KERNELS = 25_000_000  # what the library of products keeps of attention's shapes: measured
 TEXT = 30_000_000  # a piece of text, its tokens, and what the tokenizer remembers: measured
 TOKENIZER = 12  # bytes in memory for one in tokenizer.json: measured
@@ -322,6 +323,7 @@ class _Shapes:
                 "weights": loaded + 2 * whole * (end.dtype.itemsize + 1),
                 "records": sum(record_bytes(self.recipe, item) for item in self.structure.ends),
                 "scales": SEARCHING * min(KEPT, whole),
+                "heap": HEAP,
                 "rows or logits": max(7 * self.logits, SINGLE * 8 * min(END_ROWS, end.d_out) * end.d_in),
             }
             found.append(Footprint("ends", end.name, held))
