@@ -145,6 +145,8 @@ def test_warnings_come_first_and_say_what_fell_short(outputs):
     dear = report | {"stages": [stage], "run": report["run"] | {"peak_memory_bytes": 10**12}, "evaluation": None}
     told = " ".join(warnings(dear | {"left_dense": [{"name": "experts", "reason": "three dimensions"}]}))
     assert "above the plan" in told and "not evaluated" in told and "experts (three dimensions)" in told
+    mended = {"mended": {"moments damped": 5, "eigenvalues below zero": 3}}
+    assert [line for line in warnings(report | mended) if "mended" in line] == ["mended: 3 eigenvalues below zero"]
     page = page_of(outputs[0])
     assert page.index("Before you read on") < page.index("Quality")
 
