@@ -117,9 +117,9 @@ def plan(
 
     Reads no weights. Raises UserError as ``compress`` does.
     """
-    directory = pipeline.offline_model() if model_dir == pipeline.OFFLINE else pipeline.resolve_model(str(model_dir))
-    source, structure, reason = make_source(directory, _recipe(recipe, settings), trust_remote_code)
-    fitting, passes = within(source, structure, _recipe(recipe, settings), memory_limit)
+    chosen = _recipe(recipe, settings)
+    source, structure, reason = make_source(pipeline.find_model(str(model_dir)), chosen, trust_remote_code)
+    fitting, passes = within(source, structure, chosen, memory_limit)
     return make_plan(source, structure, fitting, target_ratio, reason, passes)
 
 

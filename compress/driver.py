@@ -318,9 +318,7 @@ def _refit_group(
 ) -> None:
     """Refit what of a group can be: outer factors, and the weight that reads pruned channels."""
     inner: dict[str, torch.Tensor] = {}
-    if group.linears[
-        0
-    ].mixture:  # which tokens come to an expert is another matter in every micro-batch, and in the dense model
+    if group.linears[0].mixture:  # other tokens come to an expert in the dense model, and in a micro-batch perhaps none
         return
     for linear in group.linears:
         item = found.get(linear.local)

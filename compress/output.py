@@ -188,16 +188,16 @@ def curves(plan: Plan, collected: Collected) -> list[dict[str, Any]]:
         step = max((len(best) - 1) / (CURVE_POINTS - 1), 1.0)
         kept = sorted({round(index * step) for index in range(CURVE_POINTS)} & set(range(len(best))))
         choice, loss_there = plan.choices[linear.name], loss_at(plan, collected, linear)
-        cut = choice is not None and choice != REMOVED and bool(loss_there)
+        cut = None
+        if choice is not None and choice != REMOVED and loss_there:
+            cut = (round(plan.recipe.storage.nbytes(linear, choice) / linear.nbytes, 4), loss_there / whole)
         found.append(
             {
                 "name": linear.name,
                 "role": linear.role,
                 "layer": linear.layer,
                 "points": [best[index] for index in kept],
-                "chosen": (round(plan.recipe.storage.nbytes(linear, choice) / linear.nbytes, 4), loss_there / whole)
-                if cut and loss_there
-                else None,
+                "chosen": cut,
             }
         )
     return found

@@ -111,7 +111,7 @@ def run(request: Request) -> list[Path]:
     started = time.monotonic()
     keep_large_blocks_apart()
     processes.join()
-    directory = processes.of_main(lambda: offline_model() if request.model == OFFLINE else resolve_model(request.model))
+    directory = processes.of_main(lambda: find_model(request.model))
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
     recipe, passes = within(source, structure, request.recipe, request.memory_limit)
     plans = [make_plan(source, structure, recipe, ratio, reason, passes) for ratio in request.ratios]
@@ -173,6 +173,11 @@ def check_processes(recipe: Recipe, windows: Windows | None) -> None:
                 f"{seen} windows in micro-batches of {recipe.micro_batch} are work for {batches} processes, there are {count}; "
                 "start fewer, or give more --calibration-tokens"
             )
+
+
+def find_model(model: str) -> Path:
+    """The directory of a model by path or hub id; ``offline`` is the one that comes as a package."""
+    return offline_model() if model == OFFLINE else resolve_model(model)
 
 
 def offline_model() -> Path:
