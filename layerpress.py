@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoint.environment  # noqa: F401  before anything that reads it
+from checkpoint.device import find_device
 from checkpoint.errors import UserError
 from compress import pipeline
 from compress.footprint import within
@@ -75,6 +76,7 @@ def compress(
     output: str | Path | None = None,
     work_dir: str | Path | None = None,
     memory_limit: int | None = None,
+    device: str = "cpu",
     fresh: bool = False,
     trust_remote_code: bool = False,
     **settings: Any,
@@ -82,7 +84,8 @@ def compress(
     """Compress the checkpoint in ``model_dir`` (or a hub id) to ``target_ratio`` of its bytes, evaluate it, report.
 
     ``recipe`` is the name of one (``recipe_names()``), a YAML file, or a ``Recipe``; ``settings`` are fields of it that shall be
-    otherwise, as ``evaluate="none"`` or ``calibration="mine.txt"``. ``memory_limit`` is in bytes. The same call goes on where an
+    otherwise, as ``evaluate="none"`` or ``calibration="mine.txt"``. ``memory_limit`` is in bytes; ``device`` is where layers run
+    (``cpu``, ``cuda``, ``cuda:1``). The same call goes on where an
     interrupted one was, and returns at once where it was finished; the same ``work_dir`` serves any number of ratios.
 
     Raises UserError for bad input before anything is computed, RuntimeError if the written checkpoint does not load as it should.
@@ -99,6 +102,7 @@ def compress(
         fresh=fresh,
         trust_remote_code=trust_remote_code,
         command=f"layerpress.compress({shlex.quote(str(model_dir))}, {target_ratio:g}, {chosen.name!r}, **{settings!r})",
+        device=find_device(device),
     )
     (written,) = pipeline.run(request)
     return Result(written, json.loads((written / "report.json").read_text(encoding="utf-8")))

@@ -100,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
         "--memory-limit", type=memory_size, metavar="SIZE", help="plan so that the peak stays below, e.g. 4GB"
     )
     job.add_argument("--dry-run", action="store_true", help="validate, print the plan, and stop")
+    job.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where layers are run: cpu, cuda or cuda:1 (cpu)"
+    )
     job.add_argument("--dtype", choices=CHOICES["dtype"], help="in which layers are run (auto)")
     job.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the source")
     return main
@@ -125,6 +128,7 @@ def list_recipes() -> None:
 
 def run(options: argparse.Namespace, command: str) -> None:
     """Options to a request, and do it."""
+    from checkpoint.device import find_device
     from checkpoint.errors import UserError
     from compress.pipeline import make_request
     from compress.pipeline import run as run_request
@@ -147,6 +151,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             dry_run=options.dry_run,
             trust_remote_code=options.trust_remote_code,
             command=command,
+            device=find_device(options.device),
         )
     )
 
@@ -167,8 +172,12 @@ def of_process() -> str:
 
 
 def out_of_memory(problem: BaseException) -> bool:
-    """Whether the system gave no more memory, to Python or to torch."""
-    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and "allocate memory" in str(problem))
+    """Whether the system gave no more memory, to Python or to torch, here or on a GPU."""
+    import torch
+
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,7 +58,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     rows = (query * scaling).reshape(windows * shared, heads // shared, length, size)
     keys, values = key.reshape(windows * shared, length, size).transpose(1, 2), value.flatten(0, 1)
     step = length // BLOCKS
-    later = torch.ones(step, step, dtype=torch.bool).triu(1)
+    later = torch.ones(step, step, dtype=torch.bool, device=query.device).triu(1)
     found = []
     for first in range(0, length, step):
         last = first + step

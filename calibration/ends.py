@@ -33,7 +33,7 @@ def _last_outputs(sweep: Sweep) -> Iterator[torch.Tensor]:
 def head_moment(sweep: Sweep) -> tuple[torch.Tensor, float]:
     """``E[h h^T]`` of the head's inputs ``(width, width)``, and ``E[1 - sum p^2]``: how much of a row's change reaches the loss."""
     module = sweep.source.model.get_output_embeddings()
-    total = torch.zeros(module.weight.shape[1], module.weight.shape[1])
+    total = torch.zeros(module.weight.shape[1], module.weight.shape[1], device=sweep.source.device)
     doubt, tokens = 0.0, 0.0
     handle = module.register_forward_pre_hook(lambda _, args: add_gram(total, args[0].flatten(0, -2)))
     try:
@@ -69,7 +69,7 @@ def embedding_moment(sweep: Sweep, windows: int) -> torch.Tensor:
     total, tokens = torch.empty(0), 0.0
     for gradient in sweep.gradients(0, windows):
         rows = gradient.flatten(0, 1)
-        total = total if tokens else torch.zeros(rows.shape[1], rows.shape[1])
+        total = total if tokens else rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float32)
         add_gram(total, rows)
         tokens += len(rows)
     processes.add_up([total])

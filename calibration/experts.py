@@ -23,8 +23,8 @@ OF_TOKENS = ("input", "output", "mean_absolute", "mean", "mean_square", "weighte
 OF_GRADIENTS = ("gradient", "pulled", "row_fisher")
 
 
-def lent(moments: dict[str, Moments], linears: Sequence[Linear]) -> dict[str, Moments]:
-    """The moments by local name, those of experts with too few tokens replaced."""
+def lent(moments: dict[str, Moments], linears: Sequence[Linear], device: torch.device) -> dict[str, Moments]:
+    """The moments by local name, which are on ``device``, those of experts with too few tokens replaced."""
     kinds: dict[str, list[Linear]] = {}
     for linear in linears:
         if linear.mixture and linear.local in moments:
@@ -34,7 +34,7 @@ def lent(moments: dict[str, Moments], linears: Sequence[Linear]) -> dict[str, Mo
         few = [linear.local for linear in members if _seen(moments[linear.local]) < needed]
         if few:
             own = [moments[linear.local] for linear in members]
-            layers = _alike(own[0], members[0], needed) if len(own) == 1 else _together(own, needed)
+            layers = _alike(own[0], members[0], needed, device) if len(own) == 1 else _together(own, needed)
             for local in few:
                 moments[local] = layers
     return moments
@@ -69,11 +69,11 @@ def _together(members: Sequence[Moments], needed: int) -> Moments:
     )
 
 
-def _alike(own: Moments, linear: Linear, needed: int) -> Moments:
+def _alike(own: Moments, linear: Linear, needed: int, device: torch.device) -> Moments:
     """What came, and as much again of every direction of the input; ``input`` is read before ``output``."""
     power = own.input_power or 1.0
-    came = own.input if own.input is not None else torch.zeros(linear.d_in, linear.d_in)
-    flat = torch.full((linear.d_in,), power)
+    flat = torch.full((linear.d_in,), power, device=device)
+    came = own.input if own.input is not None else torch.zeros(linear.d_in, linear.d_in, device=device)
     return replace(
         own,
         tokens=needed,

@@ -25,7 +25,7 @@ def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
 def sample(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Labels ``(tokens,)`` drawn from ``probabilities`` ``(tokens, vocabulary)`` float32 by inverting the distribution."""
     cumulative = probabilities.cumsum(-1)
-    threshold = uniform.float()[:, None] * cumulative[:, -1:]
+    threshold = uniform.float().to(cumulative.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)
 
 
@@ -58,7 +58,7 @@ def loss_gradient(
             logits = head(part[None])[0]
         at_logits = torch.softmax(logits.detach().float(), -1)
         wanted = labels(at_logits, first, first + part.shape[0])
-        at_logits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
+        at_logits[torch.arange(len(wanted), device=wanted.device), wanted.clamp(min=0)] -= 1
         at_logits[wanted == NO_LABEL] = 0
         gradients.append(torch.autograd.grad(logits, part, at_logits.to(logits.dtype))[0])
     return torch.cat(gradients)

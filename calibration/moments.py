@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,15 +102,19 @@ def has_bfloat16_products() -> bool:
 
 @contextmanager
 def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply values that *are* bfloat16 in bfloat16, with float32 sums: exact products, faster units."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if dtype == torch.bfloat16 and has_bfloat16_products():
-        matmul.fp32_precision = "bf16"
+    """Multiply values that *are* bfloat16 in bfloat16 (on a GPU: TF32), with float32 sums: exact products, faster units."""
+    units: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "tf32")]
+    if has_bfloat16_products():
+        units.append((torch.backends.mkldnn.matmul, "bf16"))  # type: ignore[attr-defined]
+    before = [unit.fp32_precision for unit, _ in units]
+    if dtype == torch.bfloat16:
+        for unit, precision in units:
+            unit.fp32_precision = precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        for (unit, _), precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -147,14 +152,14 @@ CHANNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Rows:
     """Kept rows, in one block from the start: small pieces kept between the large ones of a pass would hold the heap open."""
 
-    def __init__(self, capacity: int, width: int) -> None:
-        self._capacity, self._width, self._used = capacity, width, 0
+    def __init__(self, capacity: int, width: int, device: torch.device | None) -> None:
+        self._capacity, self._width, self._used, self._device = capacity, width, 0, device
         self._block: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Keep ``rows`` ``(n, d)``."""
         if self._block is None:
-            self._block = torch.empty(self._capacity, rows.shape[1], dtype=rows.dtype)
+            self._block = rows.new_empty(self._capacity, rows.shape[1])
         self._block[self._used : self._used + len(rows)] = rows
         self._used += len(rows)
 
@@ -162,7 +167,7 @@ class Rows:
         """All rows, of all processes, or None if there was none."""
         if not self._capacity:
             return None
-        own = torch.empty(0, self._width) if self._block is None else self._block[: self._used]
+        own = torch.empty(0, self._width, device=self._device) if self._block is None else self._block[: self._used]
         every = processes.rows_of_all(own)
         return every if len(every) else None
 
@@ -197,7 +202,8 @@ class GroupCollector:
     ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
     ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient`` (on the smaller side),
     ``output_gradient`` (at the output, whichever side is smaller), ``weighted``, ``row_fisher`` and ``samples``, which keeps
-    ``samples`` tokens of every batch, drawn by the batch's number in ``batches``. Of several processes each sees some batches.
+    ``samples`` tokens of every batch, drawn by the batch's number in ``batches``. Of several processes each sees some batches. Sums are made on
+    ``device``.
     """
 
     def __init__(
@@ -207,7 +213,9 @@ class GroupCollector:
         needs: frozenset[str],
         samples: int = 0,
         batches: range = range(0),
+        device: torch.device | None = None,
     ) -> None:
+        zeros = partial(torch.zeros, device=device)
         self._sizes = sizes
         self._wanted = wanted
         own = {name: sizes[name] for name in wanted}
@@ -217,31 +225,29 @@ class GroupCollector:
         self._tokens = 0
         self._power = 0.0
         second = "second" in needs
-        self._input = torch.zeros(width, width) if (second and at_input) or "input" in needs else None
+        self._input = zeros(width, width) if (second and at_input) or "input" in needs else None
         by_output = second and self._input is None
-        self._outputs = {name: torch.zeros(d, d) for name, (d, _) in own.items()} if by_output else {}
-        self._of_channels = {
-            name: (function, torch.zeros(width)) for name, function in CHANNELS.items() if name in needs
-        }
-        self._row_fisher = {name: torch.zeros(d) for name, (d, _) in own.items() if "row_fisher" in needs}
+        self._outputs = {name: zeros(d, d) for name, (d, _) in own.items()} if by_output else {}
+        self._of_channels = {name: (function, zeros(width)) for name, function in CHANNELS.items() if name in needs}
+        self._row_fisher = {name: zeros(d) for name, (d, _) in own.items() if "row_fisher" in needs}
         self._lengths = torch.empty(0)  # |x|^2 of the tokens of the batch that is going backward
-        self._weighted = torch.zeros(width, width) if "weighted" in needs else None
+        self._weighted = zeros(width, width) if "weighted" in needs else None
         self._weights = 0.0
         self._rows = torch.empty(0)  # the inputs of that batch, and |g|^2 of its tokens for the linears seen so far
         self._of_tokens: list[torch.Tensor] = []
         self._pulled = {
-            name: torch.zeros(d_in, d_in) for name, (d_out, d_in) in own.items() if "gradient" in needs and d_in < d_out
+            name: zeros(d_in, d_in) for name, (d_out, d_in) in own.items() if "gradient" in needs and d_in < d_out
         }
         self._gradients = {
-            name: torch.zeros(d_out, d_out)
+            name: zeros(d_out, d_out)
             for name, (d_out, d_in) in own.items()
             if "output_gradient" in needs or ("gradient" in needs and d_out <= d_in)
         }
         self._per_batch = samples if "samples" in needs else 0
         self._batches = iter(batches)
         self._picked = torch.empty(0, dtype=torch.int64)
-        self._input_samples = Rows(self._per_batch * len(batches), width)
-        self._gradient_samples = {name: Rows(self._per_batch * len(batches), sizes[name][0]) for name in wanted}
+        self._input_samples = Rows(self._per_batch * len(batches), width, device)
+        self._gradient_samples = {name: Rows(self._per_batch * len(batches), sizes[name][0], device) for name in wanted}
         # what weighs a token is the gradients of the whole group
         self._watched = list(sizes if "weighted" in needs else own) if needs & OF_GRADIENTS else []
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
@@ -277,7 +283,7 @@ class GroupCollector:
             if self._weighted is not None:
                 self._rows = rows
             if self._per_batch:
-                self._picked = self._pick(rows.shape[0])
+                self._picked = self._pick(rows.shape[0], rows.device)
                 self._input_samples.add(rows[self._picked])
 
     @torch.no_grad()
@@ -297,13 +303,13 @@ class GroupCollector:
         rows = y.reshape(-1, y.shape[-1])
         add_gram(self._outputs[name], rows if bias is None else rows - bias)
 
-    def _pick(self, rows: int) -> torch.Tensor:
+    def _pick(self, rows: int, device: torch.device) -> torch.Tensor:
         """The tokens of this batch to keep: drawn, because a regular stride would meet every window's first token.
 
         That token's activations are often enormous, and ten times too many of it would rule the samples.
         """
         generator = torch.Generator().manual_seed(next(self._batches))
-        return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values
+        return torch.randperm(rows, generator=generator)[: self._per_batch].sort().values.to(device)
 
     @torch.no_grad()
     def see_gradient(self, name: str, gradient: torch.Tensor) -> None:
@@ -321,7 +327,7 @@ class GroupCollector:
         if self._weighted is not None:
             self._of_tokens.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square())
             if len(self._of_tokens) == len(self._sizes):
-                self._add_weighted(self._weighted, sum(self._of_tokens, torch.zeros(1)))
+                self._add_weighted(self._weighted, torch.stack(self._of_tokens).sum(0))
                 self._of_tokens.clear()
 
     def _add_weighted(self, total: torch.Tensor, weights: torch.Tensor) -> None:

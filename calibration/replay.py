@@ -36,7 +36,7 @@ class Replay:
                 return (hidden,) if self.structure.returns_tuple else hidden
 
             with self.source.zeros(self.structure.front):
-                self._forward(torch.zeros(batch, self.length, dtype=torch.int64), [stub] * len(self._modules))
+                self._forward(self._no_ids(batch, self.length), [stub] * len(self._modules))
             self._calls[batch] = recorded
         return self._calls[batch]
 
@@ -48,7 +48,7 @@ class Replay:
             caught.append(split_call(args, kwargs)[0])
             raise Stop
 
-        self._forward(ids, [stub] * len(self._modules))
+        self._forward(ids.to(self.source.device), [stub] * len(self._modules))
         return caught[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Replay:
             return (hidden,) if self.structure.returns_tuple else hidden
 
         with self.source.zeros(self.structure.front):
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+            ids = self._no_ids(*hidden.shape[:2])
             with patched_forwards(self._modules, [stub] * len(self._modules)):
                 return self.source.model(input_ids=ids, use_cache=False).logits
 
@@ -69,6 +69,9 @@ class Replay:
         """Output of layer ``index``, whose weights must be loaded."""
         args, kwargs = self.calls(hidden.shape[0])[index]
         return first_of(self._modules[index](hidden, *args, **kwargs))
+
+    def _no_ids(self, windows: int, length: int) -> torch.Tensor:
+        return torch.zeros(windows, length, dtype=torch.int64, device=self.source.device)
 
     def _forward(self, ids: torch.Tensor, forwards: list[Callable[..., Any]]) -> None:
         try:

@@ -15,15 +15,24 @@ class HiddenStates:
     """A file of ``(windows, length, width)`` numbers, written and read a few windows at a time."""
 
     def __init__(
-        self, path: Path, windows: int, length: int, width: int, dtype: torch.dtype, write: bool = False
+        self,
+        path: Path,
+        windows: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype,
+        write: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.windows, self.length, self.width, self.dtype = windows, length, width, dtype
+        self._device = device or torch.device("cpu")
         self._window_bytes = length * width * dtype.itemsize
         self._buffer = torch.empty(0, dtype=dtype)
         self._file = path.open("wb" if write else "rb", buffering=0)
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """Windows ``first`` to ``first + count``, ``(count, length, width)``, in a buffer that the next call reuses.
+        """Windows ``first`` to ``first + count``, ``(count, length, width)``, in a buffer that the next call reuses, or copied to
+        ``device``.
 
         Raises OSError if the file is shorter than it should be.
         """
@@ -39,11 +48,11 @@ class HiddenStates:
             if not read:
                 raise OSError(f"{self._file.name} ends too early; start again with --fresh")
             done += read
-        return part.view(count, self.length, self.width)
+        return part.view(count, self.length, self.width).to(self._device)
 
     def write(self, first: int, hidden: torch.Tensor) -> None:
         """Store ``(count, length, width)`` hidden states as windows ``first`` and following."""
-        view = as_bytes(hidden.to(self.dtype))
+        view = as_bytes(hidden.to("cpu", self.dtype))
         self._file.seek(first * self._window_bytes)
         done = 0
         while done < len(view):

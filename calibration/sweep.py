@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ class Sweep:
         originals = {name: open_layer.linear(name) for name in names}
         weights = {name: module_weight(module) for name, module in originals.items()}
         first = open_layer.linear(group.linears[0].local)
+        zeros = partial(torch.zeros, device=self.source.device)
         sums = {
-            name: (torch.zeros(w.shape[0], len(inner[name])), torch.zeros(len(inner[name]), len(inner[name])))
+            name: (zeros(w.shape[0], len(inner[name])), zeros(len(inner[name]), len(inner[name])))
             for name, w in weights.items()
         }
         with ExitStack() as stack:
@@ -112,7 +114,7 @@ class Sweep:
                     with open_layer.originals():
                         x_dense = self._input_of(open_layer, first, theirs.read(start, count))
                 for name, (target_inner, inner_inner) in sums.items():
-                    b = inner[name]
+                    b = inner[name].to(x.device)
                     z = x[:, b] if b.dim() == 1 else x @ b.to(x.dtype).T
                     y = x_dense @ weights[name].T
                     with exact_bfloat16_products(z.dtype):
@@ -156,7 +158,7 @@ class Sweep:
             wanted = [name for name in sizes if name in names]
             if not wanted:
                 continue
-            collectors.append(GroupCollector(sizes, wanted, needs, samples, batches))
+            collectors.append(GroupCollector(sizes, wanted, needs, samples, batches, self.source.device))
             handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
         return collectors, handles
 
@@ -198,7 +200,8 @@ class Sweep:
         chunk = logit_tokens(self.source.config.get_text_config().vocab_size)
         with self.source.loaded(self.structure.back), self._open(self.path(index)) as states, torch.no_grad():
             for window in range(len(self.ids)):
-                hidden, labels = states.read(window, 1)[:, :-1], self.ids[window, 1:]
+                hidden = states.read(window, 1)[:, :-1]
+                labels = self.ids[window, 1:].to(hidden.device)
                 for part, wanted in zip(hidden.split(chunk, dim=1), labels.split(chunk), strict=True):
                     logits = self.replay.head(part)[0].float()
                     loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
@@ -249,7 +252,7 @@ class Sweep:
 
         def labels(window: int) -> Labels:
             if fisher == "empirical":
-                following = next_tokens(self.ids[window])
+                following = next_tokens(self.ids[window]).to(self.source.device)
                 return lambda _, first, last: following[first:last]
             drawn = uniforms(seed, int(self.numbers[window]), length)
             return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
@@ -300,7 +303,7 @@ class Sweep:
     ) -> dict[str, Moments]:
         """What the collectors summed up; experts that saw too few tokens have the layer's instead of their own."""
         found = {name: each for collector in collectors for name, each in collector.moments(gradient_tokens).items()}
-        return lent(found, open_layer.layer.linears)
+        return lent(found, open_layer.layer.linears, self.source.device)
 
     def close(self) -> None:
         """Delete what is stored: every layer is recorded."""
@@ -326,7 +329,8 @@ class Sweep:
 
     def _open(self, path: Path, windows: int | None = None) -> HiddenStates:
         windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
-        return HiddenStates(path, windows, length, path.stat().st_size // (windows * length * dtype.itemsize), dtype)
+        width = path.stat().st_size // (windows * length * dtype.itemsize)
+        return HiddenStates(path, windows, length, width, dtype, device=self.source.device)
 
     def _produce(self, path: Path, make: Callable[[int, int], torch.Tensor], windows: int | None = None) -> None:
         """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; the name comes last."""

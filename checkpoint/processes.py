@@ -115,20 +115,20 @@ def rows_of_all(rows: torch.Tensor) -> torch.Tensor:
     if count() == 1:
         return rows
     every = united({f"{index():06d}": rows})
-    return torch.cat([every[name] for name in sorted(every)])
+    return torch.cat([every[name] for name in sorted(every)]).to(rows.device)
 
 
 def united(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of all processes, in each of them, by name; none has a name that another has."""
+    """The tensors of all processes, in the host's memory of each, by name; none has a name that another has."""
     if count() == 1:
-        return dict(tensors)
+        return {name: item.cpu() for name, item in tensors.items()}
     every: list[Any] = [None] * count()
     with _peers():
         distributed.all_gather_object(every, [(name, item.shape, item.dtype) for name, item in tensors.items()])
         found: dict[str, torch.Tensor] = {}
         for source, headers in enumerate(every):
             for name, shape, dtype in headers:
-                item = tensors[name].contiguous() if source == index() else torch.empty(shape, dtype=dtype)
+                item = tensors[name].cpu().contiguous() if source == index() else torch.empty(shape, dtype=dtype)
                 if item.numel():
                     distributed.broadcast(item.view(-1).view(torch.uint8), src=source)
                 found[name] = item

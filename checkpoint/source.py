@@ -95,8 +95,9 @@ REFUSALS = (
 class Source:
     """One checkpoint: headers, configuration and the skeleton.
 
-    ``compute_dtype`` is the floating-point type in which layers are loaded to be run. With ``separate_experts`` the weights of a
-    mixture's experts, which transformers stacks, are seen as linears of their own, by name and in the model.
+    ``compute_dtype`` is the floating-point type in which layers are loaded to be run, ``device`` where (``on``). With
+    ``separate_experts`` the weights of a mixture's experts, which transformers stacks, are seen as linears of their own, by name and
+    in the model.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Source:
     ) -> None:
         self.directory = directory
         self.compute_dtype = compute_dtype
+        self.device = torch.device("cpu")
         self.config = read_config(directory, trust_remote_code)
         self.tensors = read_headers(shard_paths(directory))
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
@@ -249,7 +251,7 @@ class Source:
     def load(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> None:
         """Bring the parameters under ``prefixes`` into the skeleton.
 
-        In ``compute_dtype``, or, for writing, in each tensor's own dtype on disk.
+        In ``compute_dtype`` on ``device``, or, for writing, in each tensor's own dtype on disk and in the host's memory.
         Raises UserError when a parameter finds no tensor or a shape does not fit.
         """
         names = self.parameter_names(prefixes)
@@ -257,7 +259,9 @@ class Source:
         stock = list(dict.fromkeys(self._stock_name(origin) for origin in origins.values()))
         state = dict(read_tensors([item for origin in stock for item in self._sources.get(origin, [])]))
         settings = LoadStateDictConfig(
-            dtype=self.compute_dtype, device_map={"": "cpu"}, weight_mapping=self._conversions
+            dtype=self.compute_dtype,
+            device_map={"": "cpu" if keep_source_dtype else self.device},
+            weight_mapping=self._conversions,
         )
         self._place_experts(stacked=True)
         try:
@@ -301,6 +305,20 @@ class Source:
             self.evict(paths)
 
     @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Load and run layers on another device for a while; the model's own buffers (rotary frequencies) go there too."""
+        before, buffers = self.device, {name: item for name, item in self.model.named_buffers() if not item.is_meta}
+        self.device = device
+        for name, item in buffers.items():
+            self._set(name, item.to(device))
+        try:
+            yield
+        finally:
+            self.device = before
+            for name, item in buffers.items():
+                self._set(name, item)
+
+    @contextmanager
     def zeros(self, prefixes: Iterable[str], rows_differ: bool = False) -> Iterator[None]:
         """Parameters under ``prefixes`` as zeros that take no memory: enough to see what a forward calls.
 
@@ -312,12 +330,14 @@ class Source:
         for name in names:
             shape = self.tensor(name).shape
             if len(shape) == 2 and rows_differ:
-                self._set(name, (torch.arange(shape[0]) % 2).to(self.compute_dtype)[:, None].expand(shape))
+                self._set(
+                    name, (torch.arange(shape[0], device=self.device) % 2).to(self.compute_dtype)[:, None].expand(shape)
+                )
             elif len(shape) < 3:
-                self._set(name, torch.zeros((), dtype=self.compute_dtype).expand(shape))
+                self._set(name, torch.zeros((), dtype=self.compute_dtype, device=self.device).expand(shape))
             else:
                 pages = np.zeros(shape.numel() * self.compute_dtype.itemsize, dtype=np.uint8)
-                self._set(name, torch.from_numpy(pages).view(self.compute_dtype).view(shape))
+                self._set(name, torch.from_numpy(pages).to(self.device).view(self.compute_dtype).view(shape))
         try:
             yield
         finally:
@@ -332,7 +352,7 @@ class Source:
             tensor = self.tensor(name)
             if not tensor.is_meta:
                 kept[name] = tensor
-                self._set(name, weights[self.tied.get(name, name)].to(tensor.dtype))
+                self._set(name, weights[self.tied.get(name, name)].to(tensor.device, tensor.dtype))
         try:
             yield
         finally:

@@ -137,7 +137,7 @@ def quantized_product_losses(
     """
     (grid,) = {spec.factors for spec in specs if spec.factors}
     rounded = quantized_factors(product, grid)
-    a, b = rounded.a.dense(), rounded.b.dense()
+    a, b = rounded.a.dense().to(weight.device), rounded.b.dense().to(weight.device)
     # from the highest rank down, a direction back at a time: what is left of a weight at last is too small a difference
     taken_back = Factors(-a.flip(1), b.flip(0), torch.empty(0))
     losses = sampled_losses(weight - (a @ b).double(), taken_back, moments)
@@ -154,7 +154,7 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
         raise ValueError("samples of inputs and gradients are needed")
     # the error, and what it does, are rounded as the samples are: a mean of squares does not see it
     rounded, a, b = error.to(moments.input_samples.dtype).T, factors.a.float(), factors.b.float().T
-    total = torch.zeros(b.shape[1] + 1, dtype=torch.float64)
+    total = torch.zeros(b.shape[1] + 1, dtype=torch.float64, device=b.device)
     for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
         change = ((x @ rounded) * g).sum(1, dtype=torch.float64).unsqueeze(1)
         made_up = ((x.float() @ b) * (g.float() @ a)).cumsum(1, dtype=torch.float64)

@@ -40,14 +40,15 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
         return {}
     name, windows = f"{end.name}.weight", plan.recipe.gradient_windows
     embeds, heads = roles_of(sweep, end)
-    moment = torch.zeros(end.d_in, end.d_in)
+    device = sweep.source.device
+    moment = torch.zeros(end.d_in, end.d_in, device=device)
     if heads:
         states, doubt = head_moment(sweep)
         moment += doubt * states
     if embeds:
         moment += embedding_moment(sweep, windows)
     columns = Columns(moment, plan.recipe.quantizer_damping)
-    weight = sweep.source.read(sweep.source.stored(name))
+    weight = sweep.source.read(sweep.source.stored(name)).to(device)
     found = {}
     for grid in (spec.weight for spec in menu if spec.weight):
         quantized, as_read = _rounded(weight, grid, moment, columns)
@@ -69,9 +70,9 @@ def _rounded(
     Some rows at a time, which do not know of one another: float32 of all of a vocabulary would be several times its size.
     """
     groups = grid.groups(weight.shape[1])
-    codes, as_read = torch.empty(weight.shape, dtype=torch.int8), torch.empty_like(weight)
-    scale = torch.empty(len(weight), groups, dtype=weight.dtype)
-    zero = None if grid.symmetric else torch.empty(len(weight), groups, dtype=torch.int8)
+    codes, as_read = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
+    scale = weight.new_empty(len(weight), groups)
+    zero = None if grid.symmetric else weight.new_empty(len(weight), groups, dtype=torch.int8)
     for first in range(0, len(weight), END_ROWS):
         rows = slice(first, first + END_ROWS)
         levels = Levels(grid, *find_scales(weight[rows], grid, moment.diagonal(), weight.dtype))

@@ -67,14 +67,14 @@ def _menu_of(plan: Plan, open_layer: OpenLayer, linear: Linear, of_linear: Momen
         tensors |= to_record(factors, linear)
         loss[0] = factors.loss[0]
         in_dtype = [choice for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors is None]
-        loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]]
+        loss[in_dtype] = factors.loss[[menu[choice - 1].rank for choice in in_dtype]].cpu()
         del factors  # float64 along all directions, which the record does not need
         on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
         if on_grids:
             release_memory()  # between the steps: what one left and what the next takes would be in memory together
             weight = module_weight(open_layer.linear(linear.local)).double()
             stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
-            loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear)
+            loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear).cpu()
             del weight, stored
     if storage.grids:
         release_memory()
@@ -84,7 +84,7 @@ def _menu_of(plan: Plan, open_layer: OpenLayer, linear: Linear, of_linear: Momen
     tensors[f"{linear.local}.loss"] = loss
     if "spectrum" in ALLOCATIONS[plan.recipe.allocation].reads:
         weight = module_weight(open_layer.linear(linear.local)).double()
-        tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight)
+        tensors[f"{linear.local}.spectrum"] = torch.linalg.svdvals(weight).cpu()
     return tensors
 
 

@@ -108,7 +108,7 @@ class Packed:
     def _as_stored(self) -> torch.Tensor:
         """Without a correction; some rows at a time, because float32 of a whole vocabulary is several times the weight."""
         codes, scale, zero = self.weight.codes, self.weight.scale, self.weight.zero
-        total, count = torch.empty(codes.shape, dtype=scale.dtype), max(1, TOGETHER // codes.shape[1])
+        total, count = scale.new_empty(codes.shape), max(1, TOGETHER // codes.shape[1])
         for first in range(0, len(codes), count):
             rows = slice(first, first + count)
             total[rows] = values(codes[rows], scale[rows], None if zero is None else zero[rows])

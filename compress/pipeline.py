@@ -18,6 +18,7 @@ import torch
 
 from calibration.windows import Windows, make_windows
 from checkpoint import processes
+from checkpoint.device import CPU, check_free, name_of, peak_on
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
@@ -82,6 +83,7 @@ class Request:
     dry_run: bool = False
     trust_remote_code: bool = False
     command: str = ""
+    device: torch.device = CPU
 
 
 def make_request(
@@ -112,7 +114,7 @@ def run(request: Request) -> list[Path]:
     keep_large_blocks_apart()
     processes.join()
     directory = processes.of_main(lambda: find_model(request.model))
-    source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code)
+    source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code, request.device)
     recipe, passes = within(source, structure, request.recipe, request.memory_limit)
     plans = [make_plan(source, structure, recipe, ratio, reason, passes) for ratio in request.ratios]
     for plan in plans:
@@ -122,6 +124,7 @@ def run(request: Request) -> list[Path]:
         if not output.exists():
             check_disk(plan, output, request.work_dir)
             check_allowed(plan.estimate.memory_bytes)
+            check_free(request.device, plan.estimate.memory_bytes)
     processes.of_main(lambda: check_evaluation(source.directory, recipe.evaluate))
     if request.dry_run:
         return []
@@ -133,7 +136,7 @@ def run(request: Request) -> list[Path]:
     with Stage("verifying weights", 1, "checkpoint") as verifying:
         weights = processes.of_main(lambda: verify_weights({item.key: item for item in source.used_tensors()}))
         verifying.step()
-    fingerprint = make_fingerprint(source, recipe, windows, weights)
+    fingerprint = make_fingerprint(source, recipe, windows, weights, request.device)
     work = None
     try:
         for plan in plans:
@@ -243,7 +246,9 @@ def _offline_text(name: str) -> str:
     return str(ensure(kind) / file)  # type: ignore[arg-type]
 
 
-def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, weights: str) -> dict[str, Any]:
+def make_fingerprint(
+    source: Source, recipe: Recipe, windows: Windows | None, weights: str, device: torch.device
+) -> dict[str, Any]:
     """What the recorded factors depend on."""
     recorded = recipe.as_dict()
     return {
@@ -255,6 +260,7 @@ def make_fingerprint(source: Source, recipe: Recipe, windows: Windows | None, we
         "processes": processes.count(),
         "versions": versions(),
         "records": RECORDS,
+        **({} if device.type == "cpu" else {"device": device.type}),  # its products are summed in another order
         **({"experts": sorted(source.experts)} if source.experts else {}),  # stacked ones are no linears
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
         "ends": recipe.packs_ends,
@@ -295,7 +301,8 @@ def produce(
     started: float,
 ) -> None:
     """Collect what is missing, write into OUTPUT.partial; then the main process checks it and gives it its name."""
-    plan, collected, collecting = driver.collect(plan, windows, work)
+    with plan.source.on(request.device):
+        plan, collected, collecting = driver.collect(plan, windows, work)
     stages += collecting
     predicted = parts_out.predicted_loss(plan, collected)
     if predicted is not None:
@@ -332,6 +339,8 @@ def produce(
             "versions": {**versions(), "python": sys.version.split()[0], "lm_eval": version("lm_eval")},
             "threads": torch.get_num_threads(),
             "processes": processes.count(),
+            "device": name_of(request.device),
+            "device_peak_memory_bytes": peak_on(request.device),
             "seconds": round(time.monotonic() - started, 1),
             "bytes_written": written,
             "peak_memory_bytes": max(peak_bytes(), *(item.peak_bytes for item in stages)),

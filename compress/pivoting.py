@@ -25,7 +25,7 @@ def pivoted(part: LowRank) -> Pivoted:
     rows, coefficients = dominant_rows(a)
     kept = a[rows[: part.rank]] @ part.b.double()
     order = torch.empty_like(rows)
-    order[rows] = torch.arange(rows.numel())
+    order[rows] = torch.arange(rows.numel(), device=rows.device)
     dtype = part.a.dtype
     return Pivoted(kept.to(dtype), coefficients.to(dtype), order.to(torch.int32), part.shift)
 
@@ -50,7 +50,7 @@ def dominant_rows(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # the row that was a pivot, in terms of the new pivots
         c[i] = -row / pivot
         c[i, j] = 1 / pivot
-    return torch.tensor(rows), c
+    return torch.tensor(rows, device=a.device), c
 
 
 # how the chosen rank of ordered factors becomes what is stored, by form (checkpoint/forms.py has their tensors)

@@ -12,6 +12,7 @@ import torch
 from calibration import attention
 from calibration.moments import has_bfloat16_products
 from calibration.structure import Layer, Linear, Structure, discover
+from checkpoint.device import CPU, name_of
 from checkpoint.errors import UserError
 from checkpoint.forms import Spec
 from checkpoint.source import Source, read_config
@@ -21,6 +22,8 @@ from compress.estimate import Estimate, estimate
 from compress.menu import REMOVED
 from compress.recipe import Recipe
 from compress.sizes import NOTHING, Collected, Sizes, choose, measure
+
+AMPERE = (8, 0)  # the compute capability of the first GPUs with products in bfloat16
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,27 @@ class Plan:
         )
 
 
-def compute_dtype(asked: str, directory: Path, trust_remote_code: bool) -> tuple[torch.dtype, str]:
-    """The dtype in which layers run, and why."""
+def compute_dtype(
+    asked: str, directory: Path, trust_remote_code: bool, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """The dtype in which layers run on ``device``, and why."""
     if asked != "auto":
         return getattr(torch, asked), "asked for"
     stored = getattr(read_config(directory, trust_remote_code), "dtype", None)
     if stored not in (torch.bfloat16, torch.float16):
         return torch.float32, "the source is float32"
-    if has_bfloat16_products():
-        return torch.bfloat16, "this machine multiplies bfloat16 natively"
-    return torch.float32, "this machine has no native bfloat16 products"
+    natively = has_bfloat16_products() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= AMPERE
+    what = "this machine" if device.type == "cpu" else name_of(device)
+    if natively:
+        return torch.bfloat16, f"{what} multiplies bfloat16 natively"
+    return torch.float32, f"{what} has no native bfloat16 products"
 
 
-def make_source(directory: Path, recipe: Recipe, trust_remote_code: bool) -> tuple[Source, Structure, str]:
-    """Open the checkpoint and discover its structure (UserError where that fails)."""
-    dtype, reason = compute_dtype(recipe.dtype, directory, trust_remote_code)
+def make_source(
+    directory: Path, recipe: Recipe, trust_remote_code: bool, device: torch.device = CPU
+) -> tuple[Source, Structure, str]:
+    """Open the checkpoint, whose layers will run on ``device``, and discover its structure (UserError where that fails)."""
+    dtype, reason = compute_dtype(recipe.dtype, directory, trust_remote_code, device)
     # other formats are stock architectures, whose experts are stacked
     source = Source(directory, dtype, trust_remote_code, separate_experts=recipe.export == "factored")
     attention.use(source.model)

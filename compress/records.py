@@ -39,14 +39,14 @@ def stage_name(plan: Plan) -> str:
 
 
 def to_record(found: Factors | Channels, linear: Linear) -> dict[str, torch.Tensor]:
-    """What was found in the dtype in which it will be stored; losses, means and indices as they are."""
+    """What was found in the dtype in which it will be stored, in the host's memory; losses, means and indices as they are."""
     if isinstance(found, Channels):
         tensors = {"weight": found.weight.to(linear.dtype), "kept": found.kept.clone()}
     else:
         tensors = {"a": found.a.to(linear.dtype), "b": found.b.to(linear.dtype), "loss": found.loss}
         if found.mean_input is not None and found.mean_output is not None:
             tensors |= {"mean_input": found.mean_input, "mean_output": found.mean_output}
-    return {f"{linear.local}.{key}": value for key, value in tensors.items()}
+    return {f"{linear.local}.{key}": value.cpu() for key, value in tensors.items()}
 
 
 def from_record(tensors: Mapping[str, torch.Tensor], linear: Linear) -> Factors:
@@ -70,12 +70,12 @@ def part_of(tensors: Mapping[str, torch.Tensor], linear: Linear, spec: Spec) -> 
 
 def candidate_record(found: Candidate, linear: Linear) -> dict[str, torch.Tensor]:
     """Codes (packed: a record holds those of every grid), scales and correction of a candidate, by linear and grid."""
-    tensors = {"codes": pack_rows(found.weight.codes, found.weight.grid.bits), "scale": found.weight.scale}
+    tensors = {"codes": pack_rows(found.weight.codes.cpu(), found.weight.grid.bits), "scale": found.weight.scale}
     if found.weight.zero is not None:
         tensors["zero"] = found.weight.zero
     if found.correction is not None:
         tensors |= {"a": found.correction.a.to(linear.dtype), "b": found.correction.b.to(linear.dtype)}
-    return {f"{linear.local}.{_tag(found.weight.grid)}.{key}": value for key, value in tensors.items()}
+    return {f"{linear.local}.{_tag(found.weight.grid)}.{key}": value.cpu() for key, value in tensors.items()}
 
 
 def _tag(grid: Grid) -> str:

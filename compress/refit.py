@@ -25,7 +25,7 @@ def refit(a: torch.Tensor, cross: Cross, ridge: float) -> torch.Tensor:
     if power == 0:
         return a.double()
     weight = ridge * power
-    right = cross.target_inner.double() + weight * a.double()
+    right = cross.target_inner.double() + weight * a.double().to(cross.inner.device)
     left = (inner + inner.T) / 2
     left.diagonal().add_(weight)
     return torch.linalg.solve(left, right, left=False)

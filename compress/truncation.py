@@ -107,9 +107,9 @@ def leading(symmetric: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
     Float64; NotFinite if the matrix holds NaN or inf. A few of many come from a Lanczos method (ARPACK): the vectors are orthonormal
     to rounding and the values within ``TOLERANCE``, so what is left of a nearly flat spectrum is larger than the
-    optimum by no more than that.
+    optimum by no more than that. It has no like on other devices, which find all of them as fast.
     """
-    if count > len(symmetric) * FEW:
+    if count > len(symmetric) * FEW or symmetric.device.type != "cpu":
         power, vectors = descending(symmetric)
         return torch.cat([power[:count], power[count:].sum().unsqueeze(0)]), vectors[:, :count]
     if not bool(torch.isfinite(symmetric).all()):

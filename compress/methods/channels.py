@@ -31,6 +31,6 @@ def kept_channels(scores: torch.Tensor, keep: int, least_kept: float) -> torch.T
     order = scores.argsort(stable=True)
     spared = min(int(least_kept * scores.numel()), keep)
     pruned = order[spared : spared + scores.numel() - keep]
-    stays = torch.ones(scores.numel(), dtype=torch.bool)
+    stays = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     stays[pruned] = False
     return stays.nonzero().squeeze(1)

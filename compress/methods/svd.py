@@ -14,4 +14,4 @@ def svd(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Fa
     d_out, d_in = weight.shape
     if d_out <= d_in:
         return truncate_by_output(weight, weight @ weight.T, rank)
-    return truncate_by_input(weight, torch.eye(d_in, dtype=weight.dtype), rank)
+    return truncate_by_input(weight, torch.eye(d_in, dtype=weight.dtype, device=weight.device), rank)

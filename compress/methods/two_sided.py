@@ -35,7 +35,7 @@ def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
     a, b = full.a.float(), full.b.float().T
-    power = torch.zeros(b.shape[1], dtype=torch.float64)
+    power = torch.zeros(b.shape[1], dtype=torch.float64, device=b.device)
     for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
         power += ((g.float() @ a).square_() * (x.float() @ b).square_()).sum(0, dtype=torch.float64)
     return Factors(full.a[:, :rank], full.b[:rank], tails(power / len(moments.input_samples), rank) / 2)

@@ -54,7 +54,7 @@ class Levels:
     scale: torch.Tensor
     zero: torch.Tensor | None
 
-    def of(self, rows: torch.Tensor) -> Levels:
+    def of(self, rows: torch.Tensor | slice) -> Levels:
         """Those of some of the rows."""
         return Levels(self.grid, self.scale[rows], None if self.zero is None else self.zero[rows])
 
@@ -80,13 +80,17 @@ class Columns:
         shifts = None
         if any(levels.zero is not None for levels in on):
             shifts = self._ordered(torch.cat([self._shifts(levels) for levels in on]))
-        counts = torch.tensor([len(weight) for weight in weights])
-        lowest = torch.tensor([levels.grid.lowest for levels in on]).float().repeat_interleave(counts)
-        highest = torch.tensor([levels.grid.highest for levels in on]).float().repeat_interleave(counts)
-        codes = torch.empty(rest.shape, dtype=torch.int8)
+        counts = [len(weight) for weight in weights]
+        limits = [
+            rest.new_full((n,), value)
+            for n, levels in zip(counts, on, strict=True)
+            for value in (levels.grid.lowest, levels.grid.highest)
+        ]
+        lowest, highest = torch.cat(limits[::2]), torch.cat(limits[1::2])
+        codes = torch.empty_like(rest, dtype=torch.int8)
         for start in range(0, len(rest), BLOCK):
             stop = min(start + BLOCK, len(rest))
-            levels = torch.empty(stop - start, rest.shape[1])
+            levels = rest.new_empty(stop - start, rest.shape[1])
             errors = torch.empty_like(levels)
             # few operations a column: on so few numbers each costs what it takes to start it
             for j, level, error in zip(range(start, stop), levels.unbind(), errors.unbind(), strict=True):
@@ -102,7 +106,7 @@ class Columns:
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
         placed = torch.empty_like(codes)
         placed[self._order] = codes
-        return [part.T.contiguous() for part in placed.split(counts.tolist(), dim=1)]
+        return [part.T.contiguous() for part in placed.split(counts, dim=1)]
 
     def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.T[self._order].contiguous()
@@ -123,7 +127,7 @@ def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> t
     """
     backwards, exact = order.flip(0), len(order) <= EXACT
     factorise, invert = (dpotrf, dtrtri) if exact else (spotrf, strtri)
-    damped = moment[backwards[:, None], backwards].to(torch.float64 if exact else torch.float32)
+    damped = moment[backwards[:, None], backwards].to("cpu", torch.float64 if exact else torch.float32)
     damped.diagonal().add_(damping_floor(damping, float(damped.diagonal().mean(dtype=torch.float64))))
     # symmetric: a row-major array is its own column-major one, whose upper factor is the lower one here
     root, unlike = factorise(damped.numpy().T, lower=0, overwrite_a=1)
@@ -134,4 +138,4 @@ def inverse_root(moment: torch.Tensor, damping: float, order: torch.Tensor) -> t
     for first in range((len(turned) + 1) // 2):  # both axes reversed, a pair of rows at a time
         last = len(turned) - 1 - first
         turned[first], turned[last] = turned[last, ::-1].copy(), turned[first, ::-1].copy()
-    return torch.from_numpy(turned.astype(numpy.float32, copy=False))
+    return torch.from_numpy(turned.astype(numpy.float32, copy=False)).to(moment.device)

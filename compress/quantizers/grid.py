@@ -57,7 +57,7 @@ def find_scales(
     Each group's range is shrunk step by step, and the range with the least squared error, each input counted by ``importance``
     ``(d_in,)``, is kept. Scales are rounded to ``dtype``, in which they are stored, before any code is chosen.
     """
-    counted = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    counted = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
     count("inputs that the text never excites, counted a little", int((counted == 0).sum()))
     # an input that the text never excited still counts a little: its weights must not be clipped away
     counted = counted + 1e-3 * counted.mean() + torch.finfo(torch.float32).tiny
@@ -74,9 +74,9 @@ def _search(
     grouped, counted = weight.float().unflatten(1, (groups, -1)), importance.unflatten(0, (groups, -1))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
     count("groups of zeros, of scale one", int((low == high).sum()))
-    best = torch.full(low.shape, torch.inf)
+    best = torch.full_like(low, torch.inf)
     levels = torch.empty_like(grouped)
-    scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros(low.shape, dtype=torch.int8)
+    scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros_like(low, dtype=torch.int8)
     for part, mirrored in product(PARTS, (False, True) if grid.symmetric and not grid.power_of_two else (False,)):
         tried, shift = _scale(low * part, high * part, grid, mirrored, dtype)
         step = tried.float().unsqueeze(2)

@@ -71,11 +71,10 @@ def grids_together(numbers: int) -> int:
 def _round(weight: torch.Tensor, on: Sequence[Levels], columns: Columns, upper: torch.Tensor) -> list[torch.Tensor]:
     """Codes int8 of ``weight`` float32 ``(d_out, d_in)`` on each of the levels, rows in the order in which they are rounded."""
     rest = [weight.clone() for _ in on]
-    codes = [torch.empty(weight.shape, dtype=torch.int8) for _ in on]
+    codes = [weight.new_empty(weight.shape, dtype=torch.int8) for _ in on]
     for start in range(0, len(weight), ROWS):
-        rows = torch.arange(start, min(start + ROWS, len(weight)))
-        stop = start + len(rows)
-        here = [levels.of(rows) for levels in on]
+        stop = min(start + ROWS, len(weight))
+        here = [levels.of(slice(start, stop)) for levels in on]
         rounded = columns.round([item[start:stop] for item in rest], here)
         for item, levels, done, whole in zip(rest, here, rounded, codes, strict=True):
             whole[start:stop] = done
