@@ -202,8 +202,8 @@ class GroupCollector:
     ``needs`` names what the method uses: ``second``, ``input`` (the input's moment, whichever side is smaller), ``mean_absolute``,
     ``mean``, ``mean_square``, and of the ``batches`` that are run under autograd ``gradient`` (on the smaller side),
     ``output_gradient`` (at the output, whichever side is smaller), ``weighted``, ``row_fisher`` and ``samples``, which keeps
-    ``samples`` tokens of every batch, drawn by the batch's number in ``batches``. Of several processes each sees some batches. Sums are made on
-    ``device``.
+    ``samples`` tokens of every batch, drawn by the batch's number in ``batches``. Of several processes each sees some batches. Sums are
+    made on ``device``.
     """
 
     def __init__(
