@@ -109,22 +109,18 @@ class Quantization:
         method = METHODS[self.decomposition]
         decompose = method.of_error or method.decompose
         assert decompose is not None
-        return decompose(error, moments_of_error(error, moments, self.weighted), rank, self.damping)
+        return decompose(error, moments_of_error(moments, self.weighted), rank, self.damping)
 
 
-def moments_of_error(error: torch.Tensor, moments: Moments, weighted: bool) -> Moments:
-    """The moments with those that depend on the weight made anew for the error ``(d_out, d_in)`` float64 in its place.
+def moments_of_error(moments: Moments, weighted: bool) -> Moments:
+    """The moments without those that depend on the weight, which an error stands in the place of.
 
     ``weighted``: the input's is the one in which tokens count by their gradients.
     """
-    pulled = None
-    if moments.pulled is not None and moments.gradient is not None:
-        wide = error.float()  # as exact as the moment is; in float64 a wide output's would take as much as all else
-        pulled = wide.T @ moments.gradient @ wide
     if not weighted or moments.weighted is None:
-        return replace(moments, output=None, pulled=pulled)
+        return replace(moments, output=None, pulled=None)
     power = float(moments.weighted.diagonal().mean())
-    return replace(moments, output=None, pulled=pulled, input=moments.weighted, input_power=power)
+    return replace(moments, output=None, pulled=None, input=moments.weighted, input_power=power)
 
 
 def quantized_product_losses(

@@ -73,6 +73,7 @@ def _add_menus(
     open_layer: OpenLayer,
     linears: Sequence[Linear],
     moments: dict[str, Moments],
+    work: WorkDirectory,
     tensors: dict[str, torch.Tensor],
     notes: dict[str, Any],
 ) -> None:
@@ -80,7 +81,7 @@ def _add_menus(
     own = _own_linears(linears)
     for other in moments.keys() - {linear.local for linear in own}:
         del moments[other]
-    more = whole_menu(plan, open_layer, own, moments)
+    more = whole_menu(plan, open_layer, own, moments, work)
     tensors |= processes.united(more[0])
     notes |= processes.notes_of_all(more[1])
 
@@ -121,7 +122,7 @@ def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[S
                     if sweep:
                         ends = linears is runs[-1] and layer is not layers[-1]
                         moments = sweep.collect(open_layer, linears, plan.recipe.needs, advance=ends)
-                    _add_menus(plan, open_layer, linears, moments, tensors, notes)
+                    _add_menus(plan, open_layer, linears, moments, work, tensors, notes)
             _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if sweep:
@@ -180,7 +181,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
                 tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
                 for linears in in_passes(layer, recipe, plan.passes):
                     moments = sweep.collect_backward(open_layer, linears, recipe.needs, recipe.gradient_windows)
-                    _add_menus(plan, open_layer, linears, moments, tensors, notes)
+                    _add_menus(plan, open_layer, linears, moments, work, tensors, notes)
             _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected
             if layer is not layers[-1] or not recipe.packs_ends:  # the head's menu needs what it sees

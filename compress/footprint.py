@@ -21,6 +21,7 @@ from calibration.moments import moment_bytes
 from calibration.roles import ENDS
 from calibration.structure import Group, Layer, Linear, Structure
 from calibration.sweep import SAMPLES
+from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.memory import PROCESS_BYTES
 from checkpoint.source import Source
@@ -244,7 +245,10 @@ class _Shapes:
     def collecting(self, stage: str, layer: Layer, weights: int, backward: bool) -> list[Footprint]:
         """A layer's moments being summed, and each of its linears being decomposed, largest first, as the driver does it."""
         recipe, found = self.recipe, list[Footprint]()
-        records = 0
+        every, aside = sum(record_bytes(recipe, linear) for linear in layer.linears), stage != "walking"
+        if aside:  # each is on disk until all are written together
+            found.append(Footprint(stage, layer.path, {"record": every}))
+        records = every if aside and processes.count() > 1 else 0  # what the others have found is in memory
         rounds = in_passes(layer, recipe, self.passes)
         if stage == "walking" and recipe.mode != "layerwise":
             rounds = [group.linears for group in layer.groups]
@@ -260,7 +264,7 @@ class _Shapes:
             for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
                 parts = {"weights": weights, "moments": moments, "records": records, "solving": self.solving(linear)}
                 found.append(Footprint(stage, linear.name, parts))
-                records += record_bytes(self.recipe, linear)
+                records += 0 if aside else record_bytes(self.recipe, linear)
                 moments -= held[groups[linear]].pop(linear.local)
                 if list(held[groups[linear]]) == [""]:
                     moments -= held[groups[linear]].pop("")

@@ -15,6 +15,7 @@ from calibration.structure import Linear
 from checkpoint.errors import UserError
 from checkpoint.forms import Grid
 from checkpoint.memory import release_memory
+from checkpoint.workdir import WorkDirectory
 from compress.allocations import ALLOCATIONS, Curve
 from compress.allocations.pooled import lower_hull
 from compress.candidates import Candidate, quantized_product_losses
@@ -30,11 +31,12 @@ BORROWED = "matrices of experts that saw too few tokens, compressed by their lay
 
 
 def whole_menu(
-    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: dict[str, Moments]
+    plan: Plan, open_layer: OpenLayer, linears: Iterable[Linear], moments: dict[str, Moments], work: WorkDirectory
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Records and notes of the linears that have a menu: everything on it that an allocation may choose, and its loss.
 
-    A linear's ``moments`` are taken out when it is its turn, and need not stay in memory: the largest linear's are the first.
+    A linear's ``moments`` are taken out when it is its turn, and need not stay in memory: the largest linear's are the first. Its
+    record is put aside, for a layer's records are larger than the layer.
     """
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
@@ -43,7 +45,7 @@ def whole_menu(
         if not plan.recipe.storage.menu(linear):
             continue  # stays dense
         with noted(notes, linear):
-            tensors |= _menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY))
+            tensors |= work.aside(_menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY)))
     return tensors, notes
 
 

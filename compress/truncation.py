@@ -8,15 +8,16 @@ and the output's principal components (LLM-ROM) are one optimum (METHODS 1.1). I
 
 from __future__ import annotations
 
-import numpy
+from collections.abc import Callable
+
 import torch
-from scipy.sparse.linalg import eigsh
 
 from compress.counts import count
 from compress.parts import Factors
 
 # a Krylov space finds this part of the directions, or less, sooner than a full decomposition; and how exactly
-FEW, TOLERANCE = 1 / 16, 1e-4
+FEW, TOLERANCE = 1 / 16, 1e-3
+ROUNDING = 1e-10  # what is left of a vector, relative to the largest, when it adds nothing
 
 
 class NotFinite(ValueError):
@@ -102,26 +103,36 @@ def _not_negative(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=0)
 
 
-def leading(symmetric: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` largest eigenvalues and their vectors ``(d, count)``, and behind the values the sum of all others.
+def leading(apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int) -> torch.Tensor:
+    """The eigenvectors ``(d, count)`` of the ``count`` largest eigenvalues of a symmetric matrix that is known by its products.
 
-    Float64; NotFinite if the matrix holds NaN or inf. A few of many come from a Lanczos method (ARPACK): the vectors are orthonormal
-    to rounding and the values within ``TOLERANCE``, so what is left of a nearly flat spectrum is larger than the
-    optimum by no more than that. It has no like on other devices, which find all of them as fast.
+    ``apply`` multiplies ``(d, n)`` float64 with the matrix, ``start`` ``(d, n)`` float64 are random vectors, some more than
+    ``count``. A block Krylov method (Musco and Musco 2015, arXiv 1504.05477, algorithm 2): each block's product with the matrix,
+    orthogonal to all before, is the next block, and the best vectors are those of the matrix on the space of all blocks. It ends when a
+    block adds less than ``TOLERANCE`` to the sum of the ``count`` eigenvalues. Raises NotFinite for NaN or inf.
     """
-    if count > len(symmetric) * FEW or symmetric.device.type != "cpu":
-        power, vectors = descending(symmetric)
-        return torch.cat([power[:count], power[count:].sum().unsqueeze(0)]), vectors[:, :count]
-    if not bool(torch.isfinite(symmetric).all()):
-        raise NotFinite("a second moment holds NaN or inf")
-    power, vectors = symmetric.new_empty(0), symmetric.new_empty(len(symmetric), 0)
-    if count:
-        start = numpy.random.default_rng(0).standard_normal(len(symmetric))  # ARPACK's own would differ from run to run
-        values, found = eigsh(((symmetric + symmetric.T) / 2).numpy(), k=count, which="LA", tol=TOLERANCE, v0=start)
-        order = numpy.argsort(-values, kind="stable")
-        power, vectors = _not_negative(torch.from_numpy(values[order])), torch.from_numpy(found[:, order])
-    rest = (symmetric.trace() - power.sum()).clamp(min=0)
-    return torch.cat([power, rest.unsqueeze(0)]), vectors
+    basis, images, found, total = start[:, :0], start[:, :0], start, 0.0
+    while True:
+        found = _orthonormal(found, basis)
+        images = torch.cat([images, apply(found)], dim=1)
+        if not bool(torch.isfinite(images[:, basis.shape[1] :]).all()):
+            raise NotFinite("a second moment holds NaN or inf")
+        basis = torch.cat([basis, found], dim=1)
+        small = basis.T @ images
+        values, turns = torch.linalg.eigh((small + small.T) / 2)
+        before, total = total, float(values[-count:].sum())
+        found = images[:, -found.shape[1] :]
+        if total <= before * (1 + TOLERANCE) or basis.shape[1] == len(basis):
+            return basis @ turns[:, -count:].flip(1)
+
+
+def _orthonormal(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of what ``vectors`` add to the space of ``basis``; twice, because the first remainder may be mostly rounding."""
+    size = float(torch.linalg.matrix_norm(vectors))
+    for _ in range(2):
+        left, strengths, _ = torch.linalg.svd(vectors - basis @ (basis.T @ vectors), full_matrices=False)
+        vectors, size = left[:, strengths > ROUNDING * size], 1.0
+    return vectors
 
 
 def tails(power: torch.Tensor, rank: int) -> torch.Tensor:

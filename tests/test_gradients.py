@@ -17,7 +17,8 @@ from calibration.structure import discover
 from calibration.sweep import Sweep
 from calibration.windows import Windows
 from checkpoint.source import Source
-from compress.methods.two_sided import kronecker, two_sided
+from compress.methods.two_sided import correction, kronecker, two_sided
+from compress.parts import Factors
 
 LENGTH, WINDOWS, BATCH, SEED = 24, 6, 4, 7
 NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input", "output_gradient"})
@@ -161,6 +162,24 @@ def test_two_sided_is_the_truncated_svd_between_the_roots(shape):
     assert torch.allclose(factors.a @ factors.b, expected, atol=1e-6)
     assert float(factors.loss[rank]) == pytest.approx(float((s[rank:] ** 2).sum()) / 2, rel=1e-6)
     assert float(factors.loss[0]) == pytest.approx(float((s**2).sum()) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(160, 240), (240, 160)])
+def test_a_few_directions_of_an_error_are_those_of_all_of_it(shape):
+    """Found by products with vectors: nearly the least that so many directions can leave, between the roots."""
+    error, second, fisher, moments = two_sided_problem(*shape)
+    moments = replace(moments, input=second.float(), gradient=fisher.float(), pulled=None, output=None)
+    rank = 6
+
+    def left(factors: Factors) -> float:
+        rest = error - factors.a @ factors.b
+        return float(((fisher @ rest @ second) * rest).sum())
+
+    few, exact = correction(error, moments, rank, 1e-9), kronecker(error, moments, rank, 1e-9)
+    assert few.a.shape == (shape[0], rank) and not few.loss.numel()
+    assert left(exact) * 0.9999 <= left(few) <= left(exact) * 1.002
+    every = correction(error, moments, min(shape), 1e-9)
+    assert torch.allclose(every.a @ every.b, error, atol=1e-5), "all directions: as they always were"
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])

@@ -23,7 +23,7 @@ from compress.methods.awsvd import awsvd
 from compress.methods.fwsvd import fwsvd
 from compress.methods.l2qer import l2qer
 from compress.methods.svd import svd
-from compress.methods.two_sided import kronecker, two_sided
+from compress.methods.two_sided import correction, two_sided
 from compress.methods.whitened import whitened
 from compress.parts import Factors
 
@@ -66,5 +66,5 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method(whitened, frozenset({"second"})),
     "llm-rom": Method(whitened, frozenset({"second"})),
     "afm": Method(afm, frozenset({"second", "mean"}), without_bias=whitened),
-    "two-sided": Method(two_sided, frozenset({"second", "gradient", "samples"}), unit=NATS, of_error=kronecker),
+    "two-sided": Method(two_sided, frozenset({"second", "gradient", "samples"}), unit=NATS, of_error=correction),
 }

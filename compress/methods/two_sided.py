@@ -20,7 +20,9 @@ import torch
 from calibration.moments import Moments, sample_batches
 from compress.counts import count
 from compress.parts import Factors
-from compress.truncation import damping_floor, leading, tails
+from compress.truncation import FEW, damping_floor, descending, leading, tails
+
+MORE = 8  # random vectors besides those that are wanted: the more, the fewer products
 
 
 def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
@@ -54,19 +56,62 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
             raise ValueError("a wide weight needs the moment of its output gradient")
         second = moments.of_output(weight) + input_floor * (weight @ weight.T)
         root = _damped_cholesky(moments.gradient, gradient_floor)
-        power, kept = leading(root.T @ second @ root, rank)
+    else:
+        if moments.input is None:
+            raise ValueError("a tall weight needs its input's moment")
+        second = _pulled(weight, moments).double() + gradient_floor * (weight.T @ weight)
+        root = _damped_cholesky(moments.input, input_floor)
+    power, vectors = descending(root.T @ second @ root)
+    a, b = _along(weight, root, vectors[:, :rank])
+    return Factors(a, b, tails(power, rank) / 2)
+
+
+def correction(error: torch.Tensor, moments: Moments, rank: int, damping: float) -> Factors:
+    """``kronecker`` of a quantization's error ``(d_out, d_in)`` float64, of which few directions are wanted.
+
+    They are found by products of vectors with the error and the moments, in float32; no square matrix is multiplied with another.
+    ``loss`` is empty then: what all directions cost together is not known. Raises ValueError if a moment is missing.
+    """
+    if not 0 < rank <= min(error.shape) * FEW:
+        return kronecker(error, moments, rank, damping)
+    if moments.input is None or moments.gradient is None:
+        raise ValueError("the moments of the input and of the output's gradient are needed")
+    single = error.float()
+    sides = [
+        (moments.gradient, damping_floor(damping, moments.gradient_power), single.T),
+        (moments.input, damping_floor(damping, moments.input_power), single),
+    ]
+    (near, near_floor, across), (far, far_floor, _) = sides if error.shape[0] <= error.shape[1] else sides[::-1]
+    root = _damped_cholesky(near, near_floor)
+
+    def product(vectors: torch.Tensor) -> torch.Tensor:
+        there = across @ (root @ vectors).float()
+        return root.T @ (across.T @ (far @ there + far_floor * there)).double()
+
+    random = torch.randn(len(root), rank + MORE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Factors(*_along(error, root, leading(product, random.to(root.device), rank)), torch.empty(0))
+
+
+def _along(weight: torch.Tensor, root: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of ``weight`` along orthonormal directions ``kept`` ``(smaller side, r)`` of it between the roots, balanced."""
+    if weight.shape[0] <= weight.shape[1]:
         a = torch.linalg.solve_triangular(root.T, kept, upper=True)
         b = (root @ kept).T @ weight
     else:
-        if moments.input is None or moments.pulled is None:
-            raise ValueError("a tall weight needs its input's moment and that of its gradient pulled back")
-        pulled = moments.pulled.double() + gradient_floor * (weight.T @ weight)
-        root = _damped_cholesky(moments.input, input_floor)
-        power, kept = leading(root.T @ pulled @ root, rank)
         a = weight @ (root @ kept)
         b = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
     _balance(a, b)
-    return Factors(a, b, tails(power, rank) / 2)
+    return a, b
+
+
+def _pulled(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """``W^T G W``: as it was summed, or, for an error, in float32, as exact as the moment is."""
+    if moments.pulled is not None:
+        return moments.pulled
+    if moments.gradient is None:
+        raise ValueError("a tall weight needs the moment of its output gradient, or that pulled back to its input")
+    single = weight.float()
+    return single.T @ moments.gradient @ single
 
 
 def _damped_cholesky(moment: torch.Tensor, floor: float) -> torch.Tensor:
