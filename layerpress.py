@@ -101,7 +101,7 @@ def compress(
         memory_limit=memory_limit,
         fresh=fresh,
         trust_remote_code=trust_remote_code,
-        command=f"layerpress.compress({shlex.quote(str(model_dir))}, {target_ratio:g}, {chosen.name!r}, **{settings!r})",
+        command=f"layerpress.compress({shlex.quote(str(model_dir))}, {target_ratio:g}, {chosen.name!r}, device={device!r}, **{settings!r})",
         device=find_device(device),
     )
     (written,) = pipeline.run(request)
@@ -114,6 +114,7 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     *,
     memory_limit: int | None = None,
+    device: str = "cpu",
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -122,7 +123,8 @@ def plan(
     Reads no weights. Raises UserError as ``compress`` does.
     """
     chosen = _recipe(recipe, settings)
-    source, structure, reason = make_source(pipeline.find_model(str(model_dir)), chosen, trust_remote_code)
+    model = pipeline.find_model(str(model_dir))
+    source, structure, reason = make_source(model, chosen, trust_remote_code, find_device(device))
     fitting, passes = within(source, structure, chosen, memory_limit)
     return make_plan(source, structure, fitting, target_ratio, reason, passes)
 

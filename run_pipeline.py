@@ -219,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not out_of_memory(problem):
             raise
         print(
-            "error: the system gave no more memory; free some, or raise the limit, and repeat the command: what is finished is kept",
+            "error: the system gave no more memory; free some, raise the limit or plan for less with --memory-limit, "
+            "and repeat the command: what is finished is kept",
             file=sys.stderr,
         )
         return 2

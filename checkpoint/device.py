@@ -49,6 +49,11 @@ def name_of(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
+def kind_of(device: torch.device) -> str:
+    """What makes its sums differ from another's, if only in the last digits."""
+    return "cpu" if device.type == "cpu" else str(torch.cuda.get_device_name(device))
+
+
 def peak_on(device: torch.device) -> int | None:
     """The most memory that tensors have taken on a GPU, in bytes; None for the processor."""
     return None if device.type == "cpu" else torch.cuda.max_memory_allocated(device)

@@ -60,6 +60,8 @@ def _peers() -> Iterator[None]:
     """UserError where another process has ended."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as problem:
         raise UserError(
             "another process of this job has ended; the same command goes on from what is finished"
@@ -122,13 +124,14 @@ def united(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of all processes, in the host's memory of each, by name; none has a name that another has."""
     if count() == 1:
         return {name: item.cpu() for name, item in tensors.items()}
+    tensors = {name: item.cpu() for name, item in tensors.items()}
     every: list[Any] = [None] * count()
     with _peers():
         distributed.all_gather_object(every, [(name, item.shape, item.dtype) for name, item in tensors.items()])
         found: dict[str, torch.Tensor] = {}
         for source, headers in enumerate(every):
             for name, shape, dtype in headers:
-                item = tensors[name].cpu().contiguous() if source == index() else torch.empty(shape, dtype=dtype)
+                item = tensors[name].contiguous() if source == index() else torch.empty(shape, dtype=dtype)
                 if item.numel():
                     distributed.broadcast(item.view(-1).view(torch.uint8), src=source)
                 found[name] = item

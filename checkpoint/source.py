@@ -293,6 +293,8 @@ class Source:
             for each in {name, self.tied.get(name, name)}:
                 self._set(each, torch.empty(self.tensor(each).shape, dtype=self.compute_dtype, device="meta"))
         release_memory()
+        if self.device.type != "cpu":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def loaded(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> Iterator[None]:
@@ -309,6 +311,10 @@ class Source:
         """Load and run layers on another device for a while; the model's own buffers (rotary frequencies) go there too."""
         before, buffers = self.device, {name: item for name, item in self.model.named_buffers() if not item.is_meta}
         self.device = device
+        if (
+            device.type != "cpu"
+        ):  # torch loads its solvers at the first call, which must not be several threads' (pytorch#90613)
+            torch.linalg.cholesky(torch.eye(1, device=device))
         for name, item in buffers.items():
             self._set(name, item.to(device))
         try:

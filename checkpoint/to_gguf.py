@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import torch
 
-from checkpoint.errors import UserError
+from checkpoint.errors import UserError, told
 from checkpoint.files import publish
 from checkpoint.shards import StoredTensor, as_bytes, read_headers, read_tensors, shard_paths
 from checkpoint.source import read_config
@@ -28,13 +28,15 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("qwen2", ()),
     "qwen3": ("qwen3", ()),
 }
-BYTES = {"type": "ByteLevel", "use_regex": False}
-WORDS = {"type": "ByteLevel", "use_regex": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+WHOLE_WORDS = {"llama-bpe"}  # where llama.cpp takes a word that is a token before it merges
 
 
 def _pattern(digits: str) -> dict[str, Any]:
     words = rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return {"type": "Split", "pattern": {"Regex": f"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{words}"}}
+    pattern = f"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{words}"
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 # llama.cpp's name for how a byte-level tokenizer splits text, and what tokenizer.json says then
@@ -49,8 +51,18 @@ SPLITS: dict[str, list[dict[str, Any]]] = {
 def to_gguf(directory: Path, file: Path) -> None:
     """Write the stock checkpoint in ``directory`` to ``file``.
 
-    Raises UserError for an architecture, a rotary scaling or a tokenizer that is not in the tables, and if ``file`` exists.
+    Raises UserError for an architecture, a rotary scaling or a tokenizer that is not in the tables, and if ``file`` exists;
+    OSError where it cannot be written: then nothing is left of it.
     """
+    partial = file.with_name(file.name + ".partial")
+    try:
+        _write(directory, file, partial)
+        publish(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(directory: Path, file: Path, partial: Path) -> None:
     gguf = _gguf()
     config = read_config(directory, trust_remote_code=False)
     if config.model_type not in ARCHITECTURES:
@@ -60,7 +72,8 @@ def to_gguf(directory: Path, file: Path) -> None:
     if file.exists():
         raise UserError(f"{file} exists; name another file")
     architecture, interleaved = ARCHITECTURES[config.model_type]
-    partial = file.with_name(file.name + ".partial")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file.parent} is no directory; make it, or name another file")
     writer = gguf.GGUFWriter(partial, architecture)
     _add_settings(writer, config, directory)
     _add_tokenizer(gguf, writer, config, directory)
@@ -75,11 +88,15 @@ def to_gguf(directory: Path, file: Path) -> None:
 
     wanted = []
     for item in read_headers(shard_paths(directory)).values():
+        if item.key.endswith("rotary_emb.inv_freq"):  # of old checkpoints: llama.cpp makes them itself
+            continue
         name = names.get_name(item.key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"{directory}: GGUF has no name for tensor {item.key} of {architecture}")
+            raise UserError(
+                f"{directory}: GGUF has no name for tensor {item.key} of {architecture}; keep the checkpoint as it is"
+            )
         wanted.append((name, item))
-    extra = _frequency_factors(config)
+    extra = _frequency_factors(config, architecture)
     kinds = gguf.GGMLQuantizationType
     stored = {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16, torch.float32: kinds.F32}
 
@@ -101,14 +118,13 @@ def to_gguf(directory: Path, file: Path) -> None:
     if extra is not None:
         writer.write_tensor_data(extra)
     writer.close()
-    publish(partial, file)
 
 
 def _gguf() -> Any:
     try:
         import gguf
     except ImportError as problem:
-        raise UserError("GGUF needs the package gguf; pip install 'layerpress[gguf]'") from problem
+        raise UserError("GGUF needs the package gguf; pip install gguf") from problem
     return gguf
 
 
@@ -119,8 +135,10 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _add_settings(writer: Any, config: Any, directory: Path) -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(directory.name)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_name(directory.resolve().name)
+    # llama.cpp has no windows here: of a model with one this is what gives the same results
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    writer.add_context_length(min(window, config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -134,15 +152,17 @@ def _add_settings(writer: Any, config: Any, directory: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _frequency_factors(config: Any) -> numpy.ndarray | None:
+def _frequency_factors(config: Any, architecture: str) -> numpy.ndarray | None:
     """By what llama.cpp divides the rotary frequencies, as transformers scales them; None where it does not."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = config.rope_parameters.get("rope_type", "default")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise UserError(f"rotary frequencies scaled as {kind} are not written as GGUF (there are: default, llama3)")
+    if (kind, architecture) != ("llama3", "llama"):
+        raise UserError(
+            f"rotary frequencies scaled as {kind} are not written as GGUF for {architecture}; llama.cpp's own converter knows more"
+        )
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     pairs = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
     return (config.rope_parameters["rope_theta"] ** -pairs / scaled).numpy()
@@ -155,9 +175,13 @@ def _add_tokenizer(gguf: Any, writer: Any, config: Any, directory: Path) -> None
     if not path.is_file():
         raise UserError(f"{directory} has no tokenizer.json; a GGUF file holds the tokenizer too")
     stored = json.loads(path.read_text(encoding="utf-8"))
-    model, tokenizer = stored["model"], AutoTokenizer.from_pretrained(directory)
-    split = _split(stored)
-    if model.get("type") != "BPE" or split is None:
+    model, split = stored["model"], _split(stored)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError, TypeError) as problem:
+        raise UserError(f"no tokenizer could be loaded from {directory} ({told(problem)})") from problem
+    whole = bool(model.get("ignore_merges"))
+    if model.get("type") != "BPE" or split is None or whole != (split in WHOLE_WORDS):
         raise UserError(
             f"{path} is not a byte-level BPE tokenizer that splits text as {', '.join(SPLITS)}; llama.cpp's own converter knows more"
         )
@@ -165,6 +189,10 @@ def _add_tokenizer(gguf: Any, writer: Any, config: Any, directory: Path) -> None
     tokens = {index: (token, kinds.NORMAL) for token, index in model["vocab"].items()}
     for added in stored.get("added_tokens", []):
         tokens[added["id"]] = added["content"], kinds.CONTROL if added["special"] else kinds.USER_DEFINED
+    if max(tokens) >= config.vocab_size:
+        raise UserError(
+            f"{path} has more tokens than the {config.vocab_size} of config.json; the two files do not belong together"
+        )
     # an embedding may have more rows than there are tokens
     every = [tokens.get(index, (f"[PAD{index}]", kinds.UNUSED)) for index in range(config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
@@ -181,8 +209,11 @@ def _add_tokenizer(gguf: Any, writer: Any, config: Any, directory: Path) -> None
         if index is not None:
             add(index)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def _split(stored: dict[str, Any]) -> str | None:
@@ -209,6 +240,11 @@ def main(given: Sequence[str] | None = None) -> int:
         to_gguf(options.directory, options.file)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(
+            f"error: {options.file} could not be written ({told(problem)}); free disk, or name another", file=sys.stderr
+        )
         return 2
     print(f"written: {options.file} ({options.file.stat().st_size / 1e6:.1f} MB)")
     return 0

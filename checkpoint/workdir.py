@@ -93,14 +93,18 @@ class WorkDirectory:
         write_tensors(temporary, tensors, {"notes": json.dumps(notes)})
         publish(temporary, path)
 
-    def aside(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same tensors, mapped from a file that has no name any more: the system has their memory until they are read."""
-        path = self.path / f"aside-{processes.index()}.tmp"
-        write_tensors(path, tensors, {})
-        with safe_open(path, framework="pt") as handle:
-            mapped = {name: handle.get_tensor(name) for name in tensors}
-        path.unlink()
-        return mapped
+    def aside(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same tensors, mapped from a file that has no name any more: the system has their memory until they are read.
+
+        ``name`` is whose they are: no two may be put aside under one name at a time.
+        """
+        path = self.path / f"aside-{name}-{processes.index()}.tmp"
+        try:
+            write_tensors(path, tensors, {})
+            with safe_open(path, framework="pt") as handle:
+                return {key: handle.get_tensor(key) for key in tensors}
+        finally:
+            path.unlink(missing_ok=True)
 
     def get(
         self, stage: str, index: int, ending: str | tuple[str, ...] = "", starting: str = ""

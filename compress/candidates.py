@@ -51,8 +51,8 @@ class Quantization:
             needs = needs - {"second"} | {inputs}
         if quantizer.inputs:
             needs.add(inputs)
-        if quantizer.outputs or "gradient" in needs:
-            needs.add("output_gradient")
+        if quantizer.outputs or "gradient" in needs:  # nor is the gradient pulled back through the error
+            needs = needs - {"gradient"} | {"output_gradient"}
         return frozenset(needs)
 
     def codes(

@@ -31,7 +31,7 @@ from compress.counts import count
 from compress.ends import end_menus
 from compress.footprint import in_passes
 from compress.install import install
-from compress.linears import BORROWED, EMPTY, decompose, loss_of_all, noted, quantize, whole_menu
+from compress.linears import BORROWED, EMPTY, decompose, loss_of_all, noted, quantize, side_by_side, whole_menu
 from compress.methods.channels import channel_scores, kept_channels
 from compress.parts import Channels, Factors
 from compress.plan import Plan
@@ -259,10 +259,9 @@ def _walk_groups(
     found: dict[str, Factors | Channels] = {}
     tensors: dict[str, torch.Tensor] = {}
     own_notes: dict[str, Any] = {}
-    for linear, spec in linears.items():
-        channels = kept if recipe.storage.prunes(linear) else None
-        if channels is None and linear not in own:
-            continue
+
+    def compress(linear: Linear) -> None:
+        spec, channels = linears[linear], kept if recipe.storage.prunes(linear) else None
         with noted(own_notes, linear):
             count(BORROWED, moments.get(linear.local, EMPTY).borrowed)
             count(NOT_REFITTED, bool(linear.mixture) and recipe.refit != "none")
@@ -274,11 +273,14 @@ def _walk_groups(
                 loss = torch.full((len(recipe.storage.menu(linear)) + 1,), torch.inf, dtype=torch.float64)
                 loss[0] = loss_of_all(plan, open_layer, linear, of_linear)
                 loss[plan.choices[linear.name] or 0] = candidate.loss[spec.rank]
-                tensors |= candidate_record(candidate, linear) | {f"{linear.local}.loss": loss}
+                tensors.update(candidate_record(candidate, linear) | {f"{linear.local}.loss": loss})
             elif ready is None:
                 found[linear.local] = decompose(plan, open_layer, linear, moments[linear.local], spec.rank)
             else:
                 found[linear.local] = from_record(ready, linear).first(spec.rank)
+
+    pruned = [linear for linear in linears if kept is not None and recipe.storage.prunes(linear)]
+    side_by_side(compress, {*own, *pruned})
     if ready is None:
         tensors, found = processes.united(tensors), found | _factors_of_all(found)
         own_notes = processes.notes_of_all(own_notes)

@@ -13,7 +13,7 @@ from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
 from compress.footprint import Footprint, footprints, record_bytes
 from compress.quantizers import QUANTIZERS
-from compress.quantizers.two_sided import ROWS, grids_together
+from compress.quantizers.two_sided import grids_together, rows_together
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
@@ -47,7 +47,11 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
-    records = sum(record_bytes(recipe, unit) for unit in recipe.units(structure))
+    sizes_of = [record_bytes(recipe, unit) for unit in recipe.units(structure)]
+    # a layer's matrices lie aside while its record is written
+    records = sum(sizes_of) + max(
+        sum(record_bytes(recipe, item) for item in layer.linears) for layer in structure.layers
+    )
     if recipe.mode == "sequential":
         records = sizes.bytes_after
     memory = footprints(source, structure, recipe, passes)
@@ -97,7 +101,7 @@ def _quantizing_seconds(recipe: Recipe, linear: Linear) -> float:
     weights, grids = linear.d_out * linear.d_in, len(recipe.storage.grids)
     blocks, passes = 1, grids
     if QUANTIZERS[recipe.quantizer].outputs:
-        blocks, passes = -(-linear.d_out // ROWS), -(-grids // grids_together(weights))
+        blocks, passes = -(-linear.d_out // rows_together(linear.d_out)), -(-grids // grids_together(weights))
     return COLUMN_SECONDS * passes * blocks * linear.d_in + SEARCH_SECONDS * grids * weights
 
 

@@ -261,8 +261,11 @@ class _Shapes:
             if self.tokens:
                 found.append(Footprint(stage, layer.path, parts))
             groups = {linear: group for group in held for linear in group.linears}
+            few = sum(linear.d_out * linear.d_in <= FEW for linear in linears)
             for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
-                parts = {"weights": weights, "moments": moments, "records": records, "solving": self.solving(linear)}
+                small = linear.d_out * linear.d_in <= FEW
+                solving = self.solving(linear) * (min(torch.get_num_threads(), few) if small else 1)
+                parts = {"weights": weights, "moments": moments, "records": records, "solving": solving}
                 found.append(Footprint(stage, linear.name, parts))
                 records += 0 if aside else record_bytes(self.recipe, linear)
                 moments -= held[groups[linear]].pop(linear.local)
@@ -299,11 +302,10 @@ class _Shapes:
         widest = max(linear.d_in, linear.d_out if two_sided else 0)
         roots = SINGLE * ((3 if widest <= EXACT else 1) * widest**2 + whole)
         candidates = len(grids) if recipe.mode == "one-shot" else 1
-        workers = min(torch.get_num_threads(), candidates) if whole <= FEW else 1
         correcting = DOUBLE * (self.copies(linear) * whole + 4 * side**2) + SINGLE * whole + self.sampling(linear)
         # what the search for scales leaves is in small blocks, which the heap keeps
-        searching = (workers if two_sided else 1) * SEARCHING * min(KEPT, whole)
-        return (DOUBLE + candidates) * whole + searching + max(roots, rounding, workers * correcting)
+        searching = SEARCHING * min(KEPT, whole)
+        return (DOUBLE + candidates) * whole + searching + max(roots, rounding, correcting)
 
     def copies(self, linear: Linear) -> int:
         """Of the weight, or of its error, in float64 while its factors are made."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,11 +21,13 @@ from compress.allocations.pooled import lower_hull
 from compress.candidates import Candidate, quantized_product_losses
 from compress.counts import count, counted
 from compress.methods import METHODS
+from compress.parallel import FEW, each
 from compress.parts import Factors
 from compress.plan import Plan
 from compress.records import candidate_record, from_record, to_record
 from compress.truncation import NotFinite
 
+Result = TypeVar("Result")
 EMPTY = Moments(tokens=0, input_power=0.0)
 BORROWED = "matrices of experts that saw too few tokens, compressed by their layer's moments"
 
@@ -40,13 +42,36 @@ def whole_menu(
     """
     tensors: dict[str, torch.Tensor] = {}
     notes: dict[str, Any] = {}
-    for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
-        release_memory()  # the heap that the layer's activations, or the last linear, left
-        if not plan.recipe.storage.menu(linear):
-            continue  # stays dense
+    with_menu = [linear for linear in linears if plan.recipe.storage.menu(linear)]  # the others stay dense
+
+    def record(linear: Linear) -> dict[str, torch.Tensor]:
+        _release(linear)  # the heap that the layer's activations, or the last linear, left
         with noted(notes, linear):
-            tensors |= work.aside(_menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY)))
+            return work.aside(linear.local, _menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY)))
+
+    for of_linear in side_by_side(record, with_menu):
+        tensors |= of_linear
     return tensors, notes
+
+
+def side_by_side(function: Callable[[Linear], Result], linears: Iterable[Linear]) -> list[Result]:
+    """``function`` of every linear, the largest first; of small ones as many at a time as there are threads.
+
+    How many threads a linear has is a matter of its own size: whoever else is in its round (--memory-limit), its numbers are the same.
+    """
+    waiting = sorted(linears, key=_size, reverse=True)
+    large = [function(linear) for linear in waiting if _size(linear) > FEW]
+    return large + each(function, [linear for linear in waiting if _size(linear) <= FEW], 0)
+
+
+def _size(linear: Linear) -> int:
+    return linear.d_out * linear.d_in
+
+
+def _release(linear: Linear) -> None:
+    """Free pages back to the system; of a small linear there are few, and to have them again would take as long as its work."""
+    if _size(linear) > FEW:
+        release_memory()
 
 
 @contextmanager
@@ -73,13 +98,13 @@ def _menu_of(plan: Plan, open_layer: OpenLayer, linear: Linear, of_linear: Momen
         del factors  # float64 along all directions, which the record does not need
         on_grids = {choice: spec for choice, spec in enumerate(menu, 1) if spec.weight is None and spec.factors}
         if on_grids:
-            release_memory()  # between the steps: what one left and what the next takes would be in memory together
+            _release(linear)  # between the steps: what one left and what the next takes would be in memory together
             weight = module_weight(open_layer.linear(linear.local)).double()
             stored = from_record(tensors, linear).at_rank(max(spec.rank for spec in on_grids.values()))
             loss[list(on_grids)] = quantized_product_losses(weight, stored, on_grids.values(), of_linear).cpu()
             del weight, stored
     if storage.grids:
-        release_memory()
+        _release(linear)
         tensors |= _quantized_menu(plan, open_layer, linear, of_linear, loss)
         if not storage.low_rank:
             loss[0] = loss_of_all(plan, open_layer, linear, of_linear)

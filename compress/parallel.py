@@ -1,9 +1,10 @@
-"""Independent pieces of one linear's work side by side, each on one thread."""
+"""Linears, or independent pieces of one linear's work, side by side, each on one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
 from typing import TypeVar
 
@@ -23,15 +24,18 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], numbers: int
     scipy's linear algebra, whose own threads would spin beside these, has one too. Those on many gain, and two items' tensors would
     be in memory together. No function may change what all threads share, such as the precision of products.
     """
+    waiting = list(items)
     if numbers > FEW:
-        return [function(item) for item in items]
+        return [function(item) for item in waiting]
     threads = torch.get_num_threads()
     try:
         with (
             _loaded_pools().limit(limits=1, user_api="blas"),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            return list(pool.map(function, items))
+            # what is mended counts where this was called (compress/counts.py)
+            contexts = [copy_context() for _ in waiting]
+            return list(pool.map(lambda context, item: context.run(function, item), contexts, waiting))
     finally:
         torch.set_num_threads(threads)
 

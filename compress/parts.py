@@ -13,8 +13,8 @@ from checkpoint.forms import Spec
 class Factors:
     """Ordered factors of a weight: any rank is a slice.
 
-    ``a`` is ``(d_out, k)``, ``b`` is ``(k, d_in)``; rank r keeps ``a[:, :r] @ b[:r]``. ``loss`` is float64
-    ``(k + 1,)``: the method's objective when truncated at 0 ... k, never increasing. ``mean_input`` ``(d_in,)`` and
+    ``a`` is ``(d_out, k)``, ``b`` is ``(k, d_in)``; rank r keeps ``a[:, :r] @ b[:r]``. ``loss`` is float64 ``(k + 1,)``: the method's
+    objective when truncated at 0 ... k, never increasing (empty where nobody asks for it). ``mean_input`` ``(d_in,)`` and
     ``mean_output`` ``(d_out,)``: where given, a bias makes up for what truncation does to the means.
     """
 

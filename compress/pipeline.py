@@ -18,7 +18,7 @@ import torch
 
 from calibration.windows import Windows, make_windows
 from checkpoint import processes
-from checkpoint.device import CPU, check_free, name_of, peak_on
+from checkpoint.device import CPU, check_free, kind_of, name_of, peak_on
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
@@ -260,7 +260,7 @@ def make_fingerprint(
         "processes": processes.count(),
         "versions": versions(),
         "records": RECORDS,
-        **({} if device.type == "cpu" else {"device": device.type}),  # its products are summed in another order
+        **({} if device.type == "cpu" else {"device": kind_of(device)}),
         **({"experts": sorted(source.experts)} if source.experts else {}),  # stacked ones are no linears
         "spectra": "spectrum" in ALLOCATIONS[recipe.allocation].reads,
         "ends": recipe.packs_ends,

@@ -18,6 +18,7 @@ from compress.parts import Factors
 # a Krylov space finds this part of the directions, or less, sooner than a full decomposition; and how exactly
 FEW, TOLERANCE = 1 / 16, 1e-3
 ROUNDING = 1e-10  # what is left of a vector, relative to the largest, when it adds nothing
+SMALL = 1e-6  # an eigenvalue, relative to the largest, that products in float32 do not tell from nought
 
 
 class NotFinite(ValueError):
@@ -109,9 +110,10 @@ def leading(apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, 
     ``apply`` multiplies ``(d, n)`` float64 with the matrix, ``start`` ``(d, n)`` float64 are random vectors, some more than
     ``count``. A block Krylov method (Musco and Musco 2015, arXiv 1504.05477, algorithm 2): each block's product with the matrix,
     orthogonal to all before, is the next block, and the best vectors are those of the matrix on the space of all blocks. It ends when a
-    block adds less than ``TOLERANCE`` to the sum of the ``count`` eigenvalues. Raises NotFinite for NaN or inf.
+    block adds less than ``TOLERANCE`` to each of the ``count`` eigenvalues. Raises NotFinite for NaN or inf.
     """
-    basis, images, found, total = start[:, :0], start[:, :0], start, 0.0
+    basis, images, found = start[:, :0], start[:, :0], start
+    before = start.new_zeros(count)
     while True:
         found = _orthonormal(found, basis)
         images = torch.cat([images, apply(found)], dim=1)
@@ -120,10 +122,11 @@ def leading(apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, 
         basis = torch.cat([basis, found], dim=1)
         small = basis.T @ images
         values, turns = torch.linalg.eigh((small + small.T) / 2)
-        before, total = total, float(values[-count:].sum())
-        found = images[:, -found.shape[1] :]
-        if total <= before * (1 + TOLERANCE) or basis.shape[1] == len(basis):
+        found, largest = images[:, -found.shape[1] :], values[-count:]
+        risen = largest > before * (1 + TOLERANCE) + SMALL * largest.abs().max()
+        if not bool(risen.any()) or basis.shape[1] == len(basis):
             return basis @ turns[:, -count:].flip(1)
+        before = largest
 
 
 def _orthonormal(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

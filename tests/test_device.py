@@ -36,7 +36,7 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(parallel, "FEW", -1)
     monkeypatch.setattr(plan, "name_of", str)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    for name in ("name_of", "peak_on"):
+    for name in ("name_of", "kind_of", "peak_on"):
         monkeypatch.setattr(pipeline, name, str)
     monkeypatch.setattr(pipeline, "check_free", lambda *_: None)
     # as it is between real devices: a module's parameter cannot be given another's memory in place

@@ -18,6 +18,7 @@ from calibration.experts import lent
 from calibration.labels import NO_LABEL, next_tokens
 from calibration.moments import Moments
 from calibration.structure import Linear, discover
+from checkpoint.device import CPU
 from checkpoint.errors import UserError
 from checkpoint.modeling_template import separate_experts
 from checkpoint.source import Source
@@ -93,7 +94,7 @@ def test_experts_with_few_tokens_are_lent_the_layers_moments(backward):
     g = [torch.randn(count, 4, generator=generator) for count in backward]
     linears = [linear(f"moe.{number}.down_proj") for number in range(4)]
     own = {item.local: moments_of(a, b, text) for item, a, b in zip(linears, x, g, strict=True)}
-    found = lent(dict(own), linears)
+    found = lent(dict(own), linears, CPU)
     assert [found[item.local].borrowed for item in linears] == [False, True, backward[2] < 4, True]
     assert found["moe.0.down_proj"] is own["moe.0.down_proj"]
     every_x, every_g = torch.cat(x), torch.cat(g)
@@ -114,7 +115,7 @@ def test_an_expert_that_is_collected_alone_is_not_thrown_away():
         own = moments_of(torch.ones(rows, 6), torch.zeros(0, 4), 0)
         by_output = replace(own, input=None, output=torch.zeros(4, 4))
         for given in (own, by_output):
-            (item,) = lent({"moe.0.down_proj": given}, alone).values()
+            (item,) = lent({"moe.0.down_proj": given}, alone, CPU).values()
             assert item.borrowed and float(torch.linalg.eigvalsh(item.input).min()) > 0.5
             if not rows:
                 assert torch.allclose(item.of_output(weight), weight @ weight.T), "as plain SVD would have it"
@@ -122,7 +123,7 @@ def test_an_expert_that_is_collected_alone_is_not_thrown_away():
 
 def test_only_experts_are_lent_to():
     few = {"down_proj": moments_of(torch.ones(1, 6), torch.ones(1, 4), 9)}
-    assert lent(dict(few), [linear("down_proj", mixture="")]) == few
+    assert lent(dict(few), [linear("down_proj", mixture="")], CPU) == few
 
 
 def test_experts_of_a_mixture_are_collected_together(models):

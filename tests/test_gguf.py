@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import to_gguf
@@ -44,11 +46,11 @@ def write_merges(directory: Path) -> None:
     path.write_text(json.dumps(stored))
 
 
-# grouped heads, tied; a window; biases; normed heads wider than the hidden size; frequencies that are scaled
+# grouped heads, tied; a window wider than the text; biases; normed heads wider than the hidden size; frequencies that are scaled
 SCALED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES = [
     ("llama", {}),
-    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 64}),
     ("qwen2", {}),
     ("qwen3", {}),
     ("llama", {"rope_parameters": {**SCALED, "original_max_position_embeddings": 32}}),
@@ -67,6 +69,17 @@ def test_llama_cpp_gives_the_probabilities_of_transformers(tmp_path, name, chang
     assert first["id"] == int(expected.argmax())
     for item in first["top_logprobs"]:
         assert item["logprob"] == pytest.approx(float(expected[item["id"]]), abs=0.05)
+
+
+def test_llama_cpp_takes_a_text_as_the_tokenizer_does(tmp_path):
+    directory = zoo.write_model(tmp_path / "model", "llama")
+    write_merges(directory)
+    to_gguf.to_gguf(directory, tmp_path / "model.gguf")
+    text = "the other 12 theatres,\nthen the 3rd: don't"
+    ids = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    by_text, by_ids = (by_llama_cpp(tmp_path / "model.gguf", prompt, 1) for prompt in (text, ids))
+    assert by_text["usage"]["prompt_tokens"] == len(ids)
+    assert by_text["choices"][0]["logprobs"] == by_ids["choices"][0]["logprobs"]
 
 
 def test_transformers_reads_it_too_with_the_same_tokens(tmp_path):
@@ -95,13 +108,27 @@ def test_what_cannot_be_written_is_refused(tmp_path, models, capsys):
     (other / "tokenizer.json").write_text(json.dumps(stored))
     assert to_gguf.main([str(other), str(file)]) == 2
     assert "byte-level" in capsys.readouterr().err
-    assert not file.exists()
+    assert not file.exists() and not list(tmp_path.glob("*.partial"))
+    assert to_gguf.main([str(models("llama")), str(tmp_path / "nowhere" / "model.gguf")]) == 2
+    assert "no directory" in capsys.readouterr().err
     file.write_text("mine")
     assert to_gguf.main([str(models("llama")), str(file)]) == 2
     assert "exists" in capsys.readouterr().err and file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("split", to_gguf.SPLITS)
-def test_splits_are_told_apart(split):
-    steps = [dict(step) for step in to_gguf.SPLITS[split]]
-    assert to_gguf._split({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}) == split
+# as the tokenizers of Llama 3 and Qwen2 write them
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"), [(LLAMA_3, "llama-bpe"), (LLAMA_3.replace("{1,3}", ""), "qwen2"), (r"\w+", None)]
+)
+def test_splits_are_known_by_their_patterns(pattern, name):
+    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+    whole = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = whole
+    assert to_gguf._split(json.loads(tokenizer.to_str())) == name
+    words = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = words
+    assert to_gguf._split(json.loads(tokenizer.to_str())) is None

@@ -202,8 +202,8 @@ def test_a_few_leading_directions_are_as_good_as_all_would_give(count: int, deca
     vectors = leading(lambda vectors: symmetric @ vectors, start, count)
     best, _ = descending(symmetric)
     assert torch.allclose(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), atol=1e-10)
-    held = (vectors.T @ symmetric @ vectors).trace()
-    assert torch.allclose(held, best[:count].sum(), rtol=2e-3)
+    held = torch.linalg.eigvalsh(vectors.T @ symmetric @ vectors).flip(0)
+    assert bool((held >= best[:count] * (1 - 4e-3) - 1e-5 * best[0]).all()), "each of them, not only the largest"
     assert torch.equal(leading(lambda vectors: symmetric @ vectors, start, count), vectors)
 
 

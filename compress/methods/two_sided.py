@@ -55,12 +55,15 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
         if moments.gradient is None:
             raise ValueError("a wide weight needs the moment of its output gradient")
         second = moments.of_output(weight) + input_floor * (weight @ weight.T)
-        root = _damped_cholesky(moments.gradient, gradient_floor)
+        damped = _damped(moments.gradient, gradient_floor)
     else:
         if moments.input is None:
             raise ValueError("a tall weight needs its input's moment")
         second = _pulled(weight, moments).double() + gradient_floor * (weight.T @ weight)
-        root = _damped_cholesky(moments.input, input_floor)
+        damped = _damped(moments.input, input_floor)
+    if not rank:  # all that is asked is what all directions cost together
+        return Factors(weight[:, :0], weight[:0], (damped * second).sum().view(1) / 2)
+    root = torch.linalg.cholesky(damped)
     power, vectors = descending(root.T @ second @ root)
     a, b = _along(weight, root, vectors[:, :rank])
     return Factors(a, b, tails(power, rank) / 2)
@@ -82,7 +85,7 @@ def correction(error: torch.Tensor, moments: Moments, rank: int, damping: float)
         (moments.input, damping_floor(damping, moments.input_power), single),
     ]
     (near, near_floor, across), (far, far_floor, _) = sides if error.shape[0] <= error.shape[1] else sides[::-1]
-    root = _damped_cholesky(near, near_floor)
+    root = torch.linalg.cholesky(_damped(near, near_floor))
 
     def product(vectors: torch.Tensor) -> torch.Tensor:
         there = across @ (root @ vectors).float()
@@ -114,11 +117,11 @@ def _pulled(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     return single.T @ moments.gradient @ single
 
 
-def _damped_cholesky(moment: torch.Tensor, floor: float) -> torch.Tensor:
+def _damped(moment: torch.Tensor, floor: float) -> torch.Tensor:
     damped = moment.double()
     damped = (damped + damped.T) / 2
     damped.diagonal().add_(floor)
-    return torch.linalg.cholesky(damped)
+    return damped
 
 
 def _balance(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -15,8 +15,8 @@ from checkpoint.forms import Grid
 from compress.counts import count
 
 SEARCHED = 1 << 18  # weights whose scales are searched at a time: what they are tried in stays in the cache
-# parts of a group's range that the search for a clipped one tries
-PARTS = tuple(1.0 - 0.02 * step for step in range(31))
+# the search for a clipped range: by how much of a group's range it shrinks in so many steps, and how many it passes by at first
+SHRINKING, STEPS, COARSE = 0.02, 31, 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ def find_scales(
 def _search(
     weight: torch.Tensor, grid: Grid, importance: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points (nought where the grid has none) of some rows."""
+    """Scales and zero points (nought where the grid has none) of some rows.
+
+    Every ``COARSE``-th part is tried, then each group's neighbours of its best.
+    """
     groups = grid.groups(weight.shape[1])
     grouped, counted = weight.float().unflatten(1, (groups, -1)), importance.unflatten(0, (groups, -1))
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
@@ -77,42 +80,51 @@ def _search(
     best = torch.full_like(low, torch.inf)
     levels = torch.empty_like(grouped)
     scale, zero = torch.ones_like(low, dtype=dtype), torch.zeros_like(low, dtype=torch.int8)
-    for part, mirrored in product(PARTS, (False, True) if grid.symmetric and not grid.power_of_two else (False,)):
+    step, turned = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.bool)
+
+    def attempt(steps: torch.Tensor, mirrored: torch.Tensor) -> None:
+        part = 1.0 - SHRINKING * steps
         tried, shift = _scale(low * part, high * part, grid, mirrored, dtype)
-        step = tried.float().unsqueeze(2)
-        torch.div(grouped, step, out=levels)
+        wide = tried.float().unsqueeze(2)
+        torch.div(grouped, wide, out=levels)
         if shift is not None:
             levels.add_(shift.float().unsqueeze(2))
         levels.round_().clamp_(grid.lowest, grid.highest)
         if shift is not None:
             levels.sub_(shift.float().unsqueeze(2))
-        error = levels.mul_(step).sub_(grouped).square_().mul_(counted).sum(2)
+        error = levels.mul_(wide).sub_(grouped).square_().mul_(counted).sum(2)
         better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, tried, scale)
+        for kept, other in ((best, error), (scale, tried), (step, steps), (turned, mirrored)):
+            torch.where(better, other, kept, out=kept)
         if shift is not None:
-            zero = torch.where(better, shift, zero)
+            torch.where(better, shift, zero, out=zero)
+
+    signs = (False, True) if grid.symmetric and not grid.power_of_two else (False,)
+    for steps, mirrored in product(range(0, STEPS, COARSE), signs):
+        attempt(torch.full_like(low, steps), torch.full_like(turned, mirrored))
+    centre, side = step.clone(), turned.clone()
+    for offset in (offset for offset in range(1 - COARSE, COARSE) if offset):
+        attempt((centre + offset).clamp(0, STEPS - 1), side)
     return scale, zero
 
 
 def _scale(
-    low: torch.Tensor, high: torch.Tensor, grid: Grid, mirrored: bool, dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, mirrored: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The scale that spans ``low`` to ``high``, as it is stored; 1 where the range is empty.
 
-    A symmetric grid has a level more on the negative side; ``mirrored`` turns it over by a negative scale (which a bare
+    A symmetric grid has a level more on the negative side; ``mirrored`` groups turn it over by a negative scale (which a bare
     exponent cannot hold).
     """
     if not grid.symmetric:
         wide = (high - low) / (grid.highest - grid.lowest)
-    elif mirrored:
-        wide = torch.maximum(high / -grid.lowest, -low / grid.highest)
     else:
-        wide = torch.maximum(-low / -grid.lowest, high / grid.highest)
+        up, down = torch.where(mirrored, -low, high), torch.where(mirrored, high, -low)
+        wide = torch.maximum(down / -grid.lowest, up / grid.highest)
     if grid.power_of_two:
         wide = torch.exp2(torch.log2(wide).ceil().clamp(-126, 127))
     scale = torch.where(wide > torch.finfo(dtype).tiny, wide, torch.ones_like(wide)).to(dtype)
     if grid.symmetric:
-        return -scale if mirrored else scale, None
+        return torch.where(mirrored, -scale, scale), None
     zero = (grid.lowest - low / scale.float()).round_().clamp_(grid.lowest, grid.highest)
     return scale, zero.to(torch.int8)

@@ -7,8 +7,8 @@ each other. In full, what the rounding of one weight does is made up for by all 
 entries that are done changes those that are free through ``U (x) V``.
 
 Here rows go in blocks, those of large ``G_ii`` first: inside a block GPTQ runs over the columns, then the rows below take
-``U_b,below^T U_bb^-T E_b``. With blocks of one row this is the whole of it, with one block it is GPTQ; blocks of 64 rows
-take a sixty-fourth of the steps.
+``U_b,below^T U_bb^-T E_b``. With blocks of one row this is the whole of it, with one block it is GPTQ; a block takes as many
+steps as a row does, and two dozen of them leave little to gain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compress.parallel import FEW, each
 from compress.quantizers.gptq import Columns, Levels, inverse_root
 from compress.quantizers.grid import Quantized, find_scales
 
-ROWS = 64
+ROWS, BLOCKS = 64, 24  # rows of a block, or more of a tall weight: no more blocks than these
 # weights that are rounded at a time, on several grids: 64 MB; of a larger weight as many grids as there are threads
 TOGETHER = 1 << 24
 # of G's mean diagonal: a gradient's moment is estimated from fewer effective tokens than an input's
@@ -68,12 +68,18 @@ def grids_together(numbers: int) -> int:
     return max(TOGETHER // numbers, torch.get_num_threads() if numbers > FEW else 1)
 
 
+def rows_together(d_out: int) -> int:
+    """Rows of a block of a weight of so many: ``ROWS``, or a multiple."""
+    return ROWS * -(-d_out // (ROWS * BLOCKS))
+
+
 def _round(weight: torch.Tensor, on: Sequence[Levels], columns: Columns, upper: torch.Tensor) -> list[torch.Tensor]:
     """Codes int8 of ``weight`` float32 ``(d_out, d_in)`` on each of the levels, rows in the order in which they are rounded."""
     rest = [weight.clone() for _ in on]
     codes = [weight.new_empty(weight.shape, dtype=torch.int8) for _ in on]
-    for start in range(0, len(weight), ROWS):
-        stop = min(start + ROWS, len(weight))
+    rows = rows_together(len(weight))
+    for start in range(0, len(weight), rows):
+        stop = min(start + rows, len(weight))
         here = [levels.of(slice(start, stop)) for levels in on]
         rounded = columns.round([item[start:stop] for item in rest], here)
         for item, levels, done, whole in zip(rest, here, rounded, codes, strict=True):
