@@ -264,7 +264,8 @@ class _Shapes:
             few = sum(linear.d_out * linear.d_in <= FEW for linear in linears)
             for linear in sorted(linears, key=lambda item: item.d_out * item.d_in, reverse=True):
                 small = linear.d_out * linear.d_in <= FEW
-                solving = self.solving(linear) * (min(torch.get_num_threads(), few) if small else 1)
+                at_a_time = min(torch.get_num_threads(), few) if small else 1
+                solving = at_a_time * (self.solving(linear) + (record_bytes(recipe, linear) if aside else 0))
                 parts = {"weights": weights, "moments": moments, "records": records, "solving": solving}
                 found.append(Footprint(stage, linear.name, parts))
                 records += 0 if aside else record_bytes(self.recipe, linear)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from compress.parallel import each
 from compress.quantizers import QUANTIZERS, Grid, two_sided
+from compress.quantizers import grid as grids
 from compress.quantizers.gptq import EXACT, Columns, Levels, gptq, inverse_root
 from compress.quantizers.grid import find_scales, round_to, values
 
@@ -48,6 +49,30 @@ def test_codes_stay_in_the_grid_and_scales_are_as_stored(name, grid):
     off = found.dense() - weight
     relative = ((off @ moment * off).sum() / (weight @ moment * weight).sum()).sqrt()
     assert relative < {2: 0.6, 3: 0.3, 4: 0.15, 8: 0.01}[grid.bits]
+
+
+@pytest.mark.parametrize("spec", [Grid(2, 64, False), Grid(3, 64), Grid(4, 64), Grid(8, 64), Grid(4, 16, True, True)])
+def test_a_coarse_search_for_scales_loses_little(monkeypatch, spec):
+    """Against trying every step, on weights with heavy tails, as trained ones have."""
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(256, 512, generator=generator) * (1 + torch.randn(256, 512, generator=generator) ** 2)
+    importance = torch.rand(512, generator=generator)
+
+    def error() -> float:
+        scale, zero = find_scales(weight, spec, importance, torch.bfloat16)
+        codes = round_to(weight.unflatten(1, (scale.shape[1], -1)), scale, zero, spec).flatten(1)
+        return float(((values(codes, scale, zero) - weight).square() * importance).sum())
+
+    coarse = error()
+    monkeypatch.setattr(grids, "COARSE", 1)
+    assert error() <= coarse <= error() * 1.01
+
+
+@pytest.mark.parametrize("d_out", [16, 64, 576, 1536, 4096, 14336])
+def test_a_tall_weight_is_rounded_in_no_more_than_two_dozen_blocks(d_out):
+    rows = two_sided.rows_together(d_out)
+    assert rows % two_sided.ROWS == 0 and -(-d_out // rows) <= two_sided.BLOCKS
+    assert rows == two_sided.ROWS or -(-d_out // rows) > two_sided.BLOCKS / 2
 
 
 @given(bits=st.integers(2, 8), symmetric=st.booleans(), seed=st.integers(0, 2**16))
