@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from checkpoint.memory import release_memory
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX = "model.safetensors.index.json"
+PIECE = 16_000_000  # bytes of a tensor that are verified at a time
 Stamp = tuple[int, int, int]  # size, time of the last change, and number of a file
 
 
@@ -105,6 +108,20 @@ def stamp_of(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
+@contextmanager
+def _opened(shard: Path, stamp: Stamp) -> Iterator[Any]:
+    """A shard's handle; UserError if the file cannot be read, or is no longer the one whose header was read."""
+    try:
+        if stamp_of(shard) != stamp:
+            raise UserError(
+                f"shard {shard} has changed since this run began; repeat the command: it goes on if the weights are the same"
+            )
+        with safe_open(shard, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as problem:
+        raise UserError(f"shard {shard} is truncated or corrupted ({problem}); bring it again") from problem
+
+
 def read_tensors(wanted: list[StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors, shard by shard.
 
@@ -112,17 +129,21 @@ def read_tensors(wanted: list[StoredTensor]) -> Iterator[tuple[str, torch.Tensor
     grow to the size of the model. Raises UserError if the file is no longer the one whose header was read.
     """
     for shard, stamp in dict.fromkeys((item.shard, item.stamp) for item in wanted):
-        try:
-            if stamp_of(shard) != stamp:
-                raise UserError(
-                    f"shard {shard} has changed since this run began; repeat the command: it goes on if the weights are the same"
-                )
-            with safe_open(shard, framework="pt") as handle:
-                for item in wanted:
-                    if item.shard == shard:
-                        yield item.key, handle.get_tensor(item.key)
-        except (SafetensorError, OSError) as problem:
-            raise UserError(f"shard {shard} is truncated or corrupted ({problem}); bring it again") from problem
+        with _opened(shard, stamp) as handle:
+            for item in wanted:
+                if item.shard == shard:
+                    yield item.key, handle.get_tensor(item.key)
+
+
+def read_pieces(item: StoredTensor) -> Iterator[torch.Tensor]:
+    """A tensor's numbers in order, in pieces of about ``PIECE`` bytes, one of them in memory; raises as ``read_tensors`` does."""
+    if item.nbytes <= PIECE:
+        yield from (tensor for _, tensor in read_tensors([item]))
+        return
+    rows = max(1, PIECE * item.shape[0] // item.nbytes)
+    for first in range(0, item.shape[0], rows):
+        with _opened(item.shard, item.stamp) as handle:
+            yield handle.get_slice(item.key)[first : first + rows]
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -138,15 +159,15 @@ def verify_weights(tensors: dict[str, StoredTensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         item = tensors[key]
-        for _, tensor in read_tensors([item]):
-            flat = tensor.contiguous().view(-1)
-            # in pieces: a check of the whole would take another copy of the embedding
-            if not all(bool(torch.isfinite(piece).all()) for piece in flat.split(1 << 20)):
+        digest.update(f"{key}|{item.dtype}|{item.shape}\n".encode())
+        for piece in read_pieces(item):
+            flat = piece.contiguous().view(-1)
+            # the embedding is the largest of all that is in memory in a small model: neither it nor its check is there whole
+            if not all(bool(torch.isfinite(part).all()) for part in flat.split(1 << 20)):
                 raise UserError(
                     f"tensor {key} in {item.shard.name} holds NaN or inf; the checkpoint is damaged, bring it again"
                 )
-            digest.update(f"{key}|{item.dtype}|{item.shape}\n".encode())
             digest.update(as_bytes(flat))
-        del tensor, flat
+        del piece, flat
         release_memory()
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from calibration.sweep import SAMPLES
 from checkpoint import processes
 from checkpoint.errors import UserError
 from checkpoint.memory import PROCESS_BYTES
+from checkpoint.shards import PIECE
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.parallel import FEW
@@ -37,6 +38,8 @@ SINGLE, DOUBLE = 4, 8  # bytes of a float
 # bytes a weight whose scale is searched, and of how many weights the heap keeps them: measured
 SEARCHING, KEPT = 64, 1 << 20
 HEAP = 40_000_000  # what the layers left in small blocks, when the ends come last: measured (make demo)
+# what small linears, several at a time, leave between one another in the heap, in copies of the weight; and bytes: measured (SmolLM2)
+SIDE_BY_SIDE, MOST_LEFT = 12, 80_000_000
 KERNELS = 25_000_000  # what the library of products keeps of attention's shapes: measured
 TEXT = 30_000_000  # a piece of text, its tokens, and what the tokenizer remembers: measured
 TOKENIZER = 12  # bytes in memory for one in tokenizer.json: measured
@@ -67,7 +70,7 @@ def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int
     largest = max(source.used_tensors(), key=lambda item: item.nbytes)
     found = [
         Footprint("tokenising", recipe.calibration, {"text": TEXT}),
-        Footprint("verifying weights", largest.key, {"tensor": largest.nbytes}),
+        Footprint("verifying weights", largest.key, {"tensor": 3 * min(largest.nbytes, PIECE)}),
     ]
     reads = ALLOCATIONS[recipe.allocation].reads
     if recipe.mode == "one-shot" or reads:
@@ -266,6 +269,7 @@ class _Shapes:
                 small = linear.d_out * linear.d_in <= FEW
                 at_a_time = min(torch.get_num_threads(), few) if small else 1
                 solving = at_a_time * (self.solving(linear) + (record_bytes(recipe, linear) if aside else 0))
+                solving += min(SIDE_BY_SIDE * DOUBLE * linear.d_out * linear.d_in, MOST_LEFT) if at_a_time > 1 else 0
                 parts = {"weights": weights, "moments": moments, "records": records, "solving": solving}
                 found.append(Footprint(stage, linear.name, parts))
                 records += 0 if aside else record_bytes(self.recipe, linear)

@@ -45,10 +45,11 @@ def whole_menu(
     with_menu = [linear for linear in linears if plan.recipe.storage.menu(linear)]  # the others stay dense
 
     def record(linear: Linear) -> dict[str, torch.Tensor]:
-        _release(linear)  # the heap that the layer's activations, or the last linear, left
+        _release(linear)  # the heap that the last linear left
         with noted(notes, linear):
             return work.aside(linear.local, _menu_of(plan, open_layer, linear, moments.pop(linear.local, EMPTY)))
 
+    release_memory()  # the heap that the layer's activations left
     for of_linear in side_by_side(record, with_menu):
         tensors |= of_linear
     return tensors, notes
