@@ -269,7 +269,7 @@ class _Shapes:
                 small = linear.d_out * linear.d_in <= FEW
                 at_a_time = min(torch.get_num_threads(), few) if small else 1
                 solving = at_a_time * (self.solving(linear) + (record_bytes(recipe, linear) if aside else 0))
-                solving += min(SIDE_BY_SIDE * DOUBLE * linear.d_out * linear.d_in, MOST_LEFT) if at_a_time > 1 else 0
+                solving += self.left(linear) if at_a_time > 1 else 0
                 parts = {"weights": weights, "moments": moments, "records": records, "solving": solving}
                 found.append(Footprint(stage, linear.name, parts))
                 records += 0 if aside else record_bytes(self.recipe, linear)
@@ -282,6 +282,10 @@ class _Shapes:
         """Bytes of the moments of some of a group's linears, and of what they share (``""``)."""
         names = {"", *(linear.local for linear in linears)}
         return {name: size for name, size in _moments(group, self.recipe, self.itemsize).items() if name in names}
+
+    def left(self, linear: Linear) -> int:
+        """What small linears, several at a time, leave in the heap when they are as large as this one."""
+        return min(SIDE_BY_SIDE * DOUBLE * linear.d_out * linear.d_in, MOST_LEFT)
 
     def solving(self, linear: Linear) -> int:
         """Of what is made on the way from a linear's moments to its record."""
@@ -334,7 +338,7 @@ class _Shapes:
                 "weights": loaded + 2 * whole * (end.dtype.itemsize + 1),
                 "records": sum(record_bytes(self.recipe, item) for item in self.structure.ends),
                 "scales": SEARCHING * min(KEPT, whole),
-                "heap": HEAP,
+                "heap": max(HEAP, *(self.left(linear) for linear in self.structure.linears)),
                 "rows or logits": max(7 * self.logits, SINGLE * 8 * min(END_ROWS, end.d_out) * end.d_in),
             }
             found.append(Footprint("ends", end.name, held))
