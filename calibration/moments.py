@@ -18,6 +18,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from checkpoint import processes
+from checkpoint.device import CPU
 from checkpoint.modeling_template import even_rows
 
 # what is needed of the loss gradient, besides samples
@@ -152,7 +153,7 @@ CHANNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Rows:
     """Kept rows, in one block from the start: small pieces kept between the large ones of a pass would hold the heap open."""
 
-    def __init__(self, capacity: int, width: int, device: torch.device | None) -> None:
+    def __init__(self, capacity: int, width: int, device: torch.device) -> None:
         self._capacity, self._width, self._used, self._device = capacity, width, 0, device
         self._block: torch.Tensor | None = None
 
@@ -213,7 +214,7 @@ class GroupCollector:
         needs: frozenset[str],
         samples: int = 0,
         batches: range = range(0),
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
         zeros = partial(torch.zeros, device=device)
         self._sizes = sizes

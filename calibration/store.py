@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from checkpoint.device import CPU
 from checkpoint.shards import as_bytes
 
 
@@ -22,10 +23,10 @@ class HiddenStates:
         width: int,
         dtype: torch.dtype,
         write: bool = False,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.windows, self.length, self.width, self.dtype = windows, length, width, dtype
-        self._device = device or torch.device("cpu")
+        self._device = device
         self._window_bytes = length * width * dtype.itemsize
         self._buffer = torch.empty(0, dtype=dtype)
         self._file = path.open("wb" if write else "rb", buffering=0)

@@ -46,7 +46,7 @@ def check_free(device: torch.device, planned: int) -> None:
 
 def name_of(device: torch.device) -> str:
     """As a person calls it."""
-    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    return "cpu" if device.type == "cpu" else f"{device} ({kind_of(device)})"
 
 
 def kind_of(device: torch.device) -> str:

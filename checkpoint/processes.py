@@ -122,9 +122,9 @@ def rows_of_all(rows: torch.Tensor) -> torch.Tensor:
 
 def united(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of all processes, in the host's memory of each, by name; none has a name that another has."""
-    if count() == 1:
-        return {name: item.cpu() for name, item in tensors.items()}
     tensors = {name: item.cpu() for name, item in tensors.items()}
+    if count() == 1:
+        return tensors
     every: list[Any] = [None] * count()
     with _peers():
         distributed.all_gather_object(every, [(name, item.shape, item.dtype) for name, item in tensors.items()])

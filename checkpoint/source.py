@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from checkpoint.device import CPU
 from checkpoint.errors import UserError, told
 from checkpoint.memory import release_memory
 from checkpoint.modeling_template import Experts, stacked_names, stacks_experts
@@ -109,7 +110,7 @@ class Source:
     ) -> None:
         self.directory = directory
         self.compute_dtype = compute_dtype
-        self.device = torch.device("cpu")
+        self.device = CPU
         self.config = read_config(directory, trust_remote_code)
         self.tensors = read_headers(shard_paths(directory))
         layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)

@@ -47,11 +47,9 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
-    sizes_of = [record_bytes(recipe, unit) for unit in recipe.units(structure)]
+    records = sum(record_bytes(recipe, unit) for unit in recipe.units(structure))
     # a layer's matrices lie aside while its record is written
-    records = sum(sizes_of) + max(
-        sum(record_bytes(recipe, item) for item in layer.linears) for layer in structure.layers
-    )
+    records += max(sum(record_bytes(recipe, item) for item in layer.linears) for layer in structure.layers)
     if recipe.mode == "sequential":
         records = sizes.bytes_after
     memory = footprints(source, structure, recipe, passes)

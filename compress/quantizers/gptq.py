@@ -81,12 +81,9 @@ class Columns:
         if any(levels.zero is not None for levels in on):
             shifts = self._ordered(torch.cat([self._shifts(levels) for levels in on]))
         counts = [len(weight) for weight in weights]
-        limits = [
-            rest.new_full((n,), value)
-            for n, levels in zip(counts, on, strict=True)
-            for value in (levels.grid.lowest, levels.grid.highest)
-        ]
-        lowest, highest = torch.cat(limits[::2]), torch.cat(limits[1::2])
+        rows = list(zip(counts, on, strict=True))
+        lowest = torch.cat([rest.new_full((n,), levels.grid.lowest) for n, levels in rows])
+        highest = torch.cat([rest.new_full((n,), levels.grid.highest) for n, levels in rows])
         codes = torch.empty_like(rest, dtype=torch.int8)
         for start in range(0, len(rest), BLOCK):
             stop = min(start + BLOCK, len(rest))
