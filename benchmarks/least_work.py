@@ -18,7 +18,8 @@ import torch
 from machine import CHOLESKY, Machine
 
 from calibration.ends import HEAD_TOKENS
-from calibration.moments import OF_GRADIENTS, has_bfloat16_products, moment_bytes
+from calibration.gram import has_bfloat16_products
+from calibration.moments import OF_GRADIENTS, moment_bytes
 from calibration.roles import CONSUMER
 from calibration.structure import Group, Layer, Linear
 from calibration.sweep import SAMPLES

@@ -58,12 +58,13 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     rows = (query * scaling).reshape(windows * shared, heads // shared, length, size)
     keys, values = key.reshape(windows * shared, length, size).transpose(1, 2), value.flatten(0, 1)
     step = length // BLOCKS
-    later = torch.ones(step, step, dtype=torch.bool, device=query.device).triu(1)
+    # added: filling by a mask takes several times as long, and again going backward
+    later = torch.full((step, step), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
     found = []
     for first in range(0, length, step):
         last = first + step
         scores = torch.bmm(rows[:, :, first:last].flatten(1, 2), keys[:, :, :last])
-        scores.view(len(scores), -1, step, last)[..., first:].masked_fill_(later, -torch.inf)
+        scores.view(len(scores), -1, step, last)[..., first:].add_(later)
         mixed = torch.bmm(scores.softmax(-1), values[:, :last])
         found.append(mixed.view(windows, heads, step, -1).transpose(1, 2))
     return torch.cat(found, dim=1)

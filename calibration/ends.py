@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from calibration.gram import across, add_gram
 from calibration.labels import logit_tokens
-from calibration.moments import add_gram
 from calibration.structure import Linear
 from calibration.sweep import Sweep
 from checkpoint import processes
@@ -46,7 +46,7 @@ def head_moment(sweep: Sweep) -> tuple[torch.Tensor, float]:
         handle.remove()
     processes.add_up([total])
     doubt, tokens = processes.added_up([doubt, tokens])
-    return total / tokens, doubt / tokens
+    return across(total) / tokens, doubt / tokens
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def embedding_moment(sweep: Sweep, windows: int) -> torch.Tensor:
         tokens += len(rows)
     processes.add_up([total])
     (tokens,) = processes.added_up([tokens])
-    return total / tokens
+    return across(total) / tokens
 
 
 @torch.no_grad()

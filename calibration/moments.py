@@ -9,7 +9,6 @@ wide linear, ``P = W^T G W`` of a tall one, as the second moment of ``W^T g``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from calibration.gram import ROWS, across, add_gram
 from checkpoint import processes
 from checkpoint.device import CPU
-from checkpoint.modeling_template import even_rows
 
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
 TINY = torch.finfo(torch.float32).tiny
-ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
-BAND = 256  # rows of a Gram matrix that are made at a time: narrower ones save more, and keep the multipliers less busy
 
 
 @dataclass(frozen=True)
@@ -93,44 +90,6 @@ def module_weight(module: torch.nn.Module) -> torch.Tensor:
     """The weight as ``(d_out, d_in)``: a view, transposed for transformers' Conv1D."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-def has_bfloat16_products() -> bool:
-    """Whether this machine multiplies bfloat16 natively (AMX or AVX-512 BF16)."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-@contextmanager
-def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply values that *are* bfloat16 in bfloat16 (on a GPU: TF32), with float32 sums: exact products, faster units."""
-    units: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "tf32")]
-    if has_bfloat16_products():
-        units.append((torch.backends.mkldnn.matmul, "bf16"))  # type: ignore[attr-defined]
-    before = [unit.fp32_precision for unit, _ in units]
-    if dtype == torch.bfloat16:
-        for unit, precision in units:
-            unit.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for (unit, _), precision in zip(units, before, strict=True):
-            unit.fp32_precision = precision
-
-
-def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """``total += rows^T rows``; ``rows`` is ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32 and symmetric.
-
-    Products are made on and right of the diagonal, in bands, and copied across it.
-    """
-    bands = range(0, len(total), BAND)
-    with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
-        for chunk in rows.split(ROWS):
-            wide = even_rows(chunk).float()
-            for first in bands:
-                total[first : first + BAND, first:].addmm_(wide[:, first : first + BAND].T, wide[:, first:])
-    for first in bands[1:]:
-        total[first : first + BAND, :first] = total[:first, first : first + BAND].T
 
 
 def _pull_into(total: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -254,6 +213,11 @@ class GroupCollector:
         self._gradient_tokens = dict.fromkeys(self._watched, 0)
         self._gradient_power = dict.fromkeys(self._watched, 0.0)
 
+    @property
+    def reads_inputs_alone(self) -> bool:
+        """Whether everything is known once the group's first linear is about to run."""
+        return not self._outputs and not self._watched and not self._pulled
+
     def hooks(self, modules: dict[str, torch.nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
         """Register on the group's modules; the caller removes the handles."""
         handles = [modules[self._first].register_forward_pre_hook(lambda _, args: self.see_input(args[0]))]
@@ -292,8 +256,9 @@ class GroupCollector:
         """Add a batch of inputs ``(..., d_in)``."""
         rows = x.reshape(-1, x.shape[-1])
         self._tokens += rows.shape[0]
-        self._power += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / rows.shape[1]
-        if self._input is not None:
+        if self._input is None:
+            self._power += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / rows.shape[1]
+        else:
             add_gram(self._input, rows)
         for function, total in self._of_channels.values():
             total += function(rows).sum(0, dtype=torch.float32)
@@ -320,9 +285,10 @@ class GroupCollector:
         self._gradient_tokens[name] += rows.shape[0]
         if name in self._gradient_samples and self._per_batch:
             self._gradient_samples[name].add(rows[self._picked])
-        self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
         if name in self._gradients:
             add_gram(self._gradients[name], rows)
+        else:
+            self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
         if name in self._row_fisher:
             self._row_fisher[name] += self._lengths @ rows.float().square()
         if self._weighted is not None:
@@ -361,15 +327,16 @@ class GroupCollector:
         """
         self._add_up()
         count = max(self._tokens, 1)
-        shared = None if self._input is None else self._input.div_(count)
-        weighted = None if self._weighted is None else self._weighted.div_(max(self._weights, TINY))
+        shared = None if self._input is None else across(self._input).div_(count)
+        power = self._power / count if shared is None else float(shared.diagonal().mean())
+        weighted = None if self._weighted is None else across(self._weighted).div_(max(self._weights, TINY))
         channels = {name: total.div_(count) for name, (_, total) in self._of_channels.items()}
         found = {}
         for name in self._wanted:
-            output = self._outputs[name].div_(count) if name in self._outputs else None
+            output = across(self._outputs[name]).div_(count) if name in self._outputs else None
             moments = Moments(
                 self._tokens,
-                self._power / count,
+                power,
                 shared,
                 output,
                 mean_absolute=channels.get("mean_absolute"),
@@ -381,13 +348,17 @@ class GroupCollector:
                 share = self._gradient_tokens[name] / seen
                 samples = self._gradient_samples[name].kept()
                 rows = self._row_fisher[name].div_(seen) if name in self._row_fisher else None
+                gradient = across(self._gradients[name]).div_(seen) if name in self._gradients else None
+                power_back = (
+                    self._gradient_power[name] / seen if gradient is None else float(gradient.diagonal().mean())
+                )
                 moments = replace(
                     moments,
                     gradient_tokens=gradient_tokens,
                     gradient_seen=self._gradient_tokens[name],
-                    gradient_power=self._gradient_power[name] / seen,
-                    gradient=self._gradients[name].div_(seen) if name in self._gradients else None,
-                    pulled=self._pulled[name].div_(seen) if name in self._pulled else None,
+                    gradient_power=power_back,
+                    gradient=gradient,
+                    pulled=across(self._pulled[name]).div_(seen) if name in self._pulled else None,
                     weighted=weighted,
                     row_fisher=rows,
                     input_samples=self._input_samples.kept(),

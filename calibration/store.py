@@ -67,4 +67,8 @@ class HiddenStates:
     ) -> None:
         if self._file.writable() and kind is None:
             os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; for one that need not outlive the process, which nothing has to wait for."""
         self._file.close()

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from calibration.experts import lent
+from calibration.finished import Finished
+from calibration.gram import across, add_gram, exact_bfloat16_products
 from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
-from calibration.moments import Cross, GroupCollector, Moments, add_gram, exact_bfloat16_products, module_weight
+from calibration.moments import Cross, GroupCollector, Moments, module_weight
 from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
 from calibration.structure import Group, Linear, Stop, Structure
@@ -70,10 +72,14 @@ class Sweep:
         """Run the layer over all windows and return the moments of some of its linears, given in the order in which they run.
 
         With ``advance`` the layer's output is stored as the next layer's input in the same pass; without,
-        each pass stops as soon as the linears have run.
+        each pass stops as soon as everything has been seen.
         """
         collectors, handles = self._collectors(open_layer, linears, needs)
-        if not advance:
+        if not advance and all(collector.reads_inputs_alone for collector in collectors):
+            (group,) = (group for group in open_layer.layer.groups if linears[-1] in group.linears)
+            first = open_layer.linear(group.linears[0].local)
+            handles.append(first.register_forward_pre_hook(_stop))
+        elif not advance:
             handles.append(open_layer.linear(linears[-1].local).register_forward_hook(_stop))
         try:
             if advance:
@@ -122,7 +128,7 @@ class Sweep:
                     add_gram(inner_inner, z)
         processes.add_up([total for pair in sums.values() for total in pair])
         tokens = self.windows * self.ids.shape[1]
-        return {name: Cross(one / tokens, other / tokens) for name, (one, other) in sums.items()}
+        return {name: Cross(one / tokens, across(other) / tokens) for name, (one, other) in sums.items()}
 
     def _input_of(self, open_layer: OpenLayer, linear: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The input ``(tokens, d_in)`` that reaches an original linear of the layer."""
@@ -161,6 +167,10 @@ class Sweep:
             collectors.append(GroupCollector(sizes, wanted, needs, samples, batches, self.source.device))
             handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
         return collectors, handles
+
+    def finished(self, open_layer: OpenLayer) -> Finished:
+        """What later passes over the layer need not compute again: in ``passing`` of it, this sweep's passes do not."""
+        return Finished(open_layer, self._directory, len(self.ids), self._micro_batch, self.source.device)
 
     def advance(self, open_layer: OpenLayer) -> None:
         """Run the layer as it stands over all windows and store the next layer's input."""

@@ -8,3 +8,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # a layer's tensors are in memory when transformers places them: threads for that gain nothing, and one that cannot start for want
 # of memory is waited for without end
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+# products compiled for shapes that are kept: a layer has fewer than this, and a thousand take 15 MB
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.errors import UserError
+from checkpoint.finite import finite
 from checkpoint.memory import release_memory
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -163,7 +164,7 @@ def verify_weights(tensors: dict[str, StoredTensor]) -> str:
         for piece in read_pieces(item):
             flat = piece.contiguous().view(-1)
             # the embedding is the largest of all that is in memory in a small model: neither it nor its check is there whole
-            if not all(bool(torch.isfinite(part).all()) for part in flat.split(1 << 20)):
+            if not all(finite(part) for part in flat.split(1 << 20)):
                 raise UserError(
                     f"tensor {key} in {item.shard.name} holds NaN or inf; the checkpoint is damaged, bring it again"
                 )

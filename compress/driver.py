@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from calibration.finished import Finished
 from calibration.moments import Moments, module_weight
 from calibration.replay import OpenLayer, opened
 from calibration.roles import CONSUMER, PRODUCERS
@@ -216,13 +217,16 @@ def _walk(plan: Plan, windows: Windows | None, work: WorkDirectory) -> Stage:
                 notes: dict[str, Any] = {}
                 ready = work.get(DENSE_STAGE, layer.index) if plan.recipe.mode == "one-shot" else None
                 rounds = [layer.groups] if plan.recipe.mode == "layerwise" else [(group,) for group in layer.groups]
-                for groups in rounds:
-                    tensors |= _walk_groups(plan, open_layer, groups, ready, (sweep, dense), notes)
-                if layer is not layers[-1]:
-                    sweep.advance(open_layer)
-                    if dense:
-                        open_layer.restore()
-                        dense.advance(open_layer)
+                with sweep.finished(open_layer) as finished:
+                    for groups in rounds:
+                        tensors |= _walk_groups(plan, open_layer, groups, ready, (sweep, dense), finished, notes)
+                        finished.has(linear.local for group in groups for linear in group.linears)
+                    if layer is not layers[-1]:
+                        with finished.passing():
+                            sweep.advance(open_layer)
+                if dense and layer is not layers[-1]:
+                    open_layer.restore()
+                    dense.advance(open_layer)
             _record(work, name, layer.index, tensors, notes)
             for item in sweeps:
                 item.forget(layer.index)
@@ -238,6 +242,7 @@ def _walk_groups(
     groups: Sequence[Group],
     ready: Mapping[str, torch.Tensor] | None,
     sweeps: tuple[Sweep, Sweep | None],
+    finished: Finished,
     notes: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """Records of the groups' linears as planned (new, or ``ready`` from the dense statistics), refitted; installed."""
@@ -252,7 +257,8 @@ def _walk_groups(
         pruning = any(recipe.storage.prunes(linear) for linear in linears)
         needs = recipe.needs | ({"mean_square"} if pruning else set())
         every = [linear for group in groups for linear in group.linears]
-        moments = sweeps[0].collect(open_layer, every, needs, advance=False)
+        with finished.passing():
+            moments = sweeps[0].collect(open_layer, every, needs, advance=False)
         release_memory()
         kept = _kept_channels(plan, open_layer, moments) if pruning else None
     own = linears if ready is not None else _own_linears(linears)

@@ -43,7 +43,8 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
     itemsize = source.compute_dtype.itemsize
     backward = recipe.backward
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
-    hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 2)
+    # (and what attention gave, where it is passed over again and again)
+    hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 3 if recipe.walks else 2)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize

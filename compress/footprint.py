@@ -15,8 +15,8 @@ import torch
 
 from calibration import attention
 from calibration.ends import END_ROWS
+from calibration.gram import ROWS as GRAM_ROWS
 from calibration.labels import logit_tokens
-from calibration.moments import ROWS as GRAM_ROWS
 from calibration.moments import moment_bytes
 from calibration.roles import ENDS
 from calibration.structure import Group, Layer, Linear, Structure

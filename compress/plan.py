@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from calibration import attention
-from calibration.moments import has_bfloat16_products
+from calibration.gram import has_bfloat16_products
 from calibration.structure import Layer, Linear, Structure, discover
 from checkpoint.device import CPU, name_of
 from checkpoint.errors import UserError

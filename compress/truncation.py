@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from checkpoint.finite import finite
 from compress.counts import count
 from compress.parts import Factors
 
@@ -69,7 +70,7 @@ def root_of(second: torch.Tensor) -> torch.Tensor:
     Which one makes no difference to ``W'``.
     """
     root, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
-    return root if not failed and bool(torch.isfinite(root).all()) else symmetric_root(second)
+    return root if not failed and finite(root) else symmetric_root(second)
 
 
 def symmetric_root(second: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,7 @@ def damping_floor(damping: float, power: float) -> float:
 
 def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (not negative) and eigenvectors of a float64 matrix, largest first; NotFinite if it holds NaN or inf."""
-    if not bool(torch.isfinite(symmetric).all()):
+    if not finite(symmetric):
         raise NotFinite("a second moment holds NaN or inf")
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     return _not_negative(values.flip(0)), vectors.flip(1)
@@ -117,7 +118,7 @@ def leading(apply: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, 
     while True:
         found = _orthonormal(found, basis)
         images = torch.cat([images, apply(found)], dim=1)
-        if not bool(torch.isfinite(images[:, basis.shape[1] :]).all()):
+        if not finite(images[:, basis.shape[1] :]):
             raise NotFinite("a second moment holds NaN or inf")
         basis = torch.cat([basis, found], dim=1)
         small = basis.T @ images

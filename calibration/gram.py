@@ -1,0 +1,56 @@
+"""Gram matrices ``rows^T rows``, summed in float32: products on and right of the diagonal alone, copied across it once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from checkpoint.modeling_template import even_rows
+
+ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
+BAND = 256  # rows of a Gram matrix that are made at a time: narrower ones save more, and keep the multipliers less busy
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this machine multiplies bfloat16 natively (AMX or AVX-512 BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextmanager
+def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply values that *are* bfloat16 in bfloat16 (on a GPU: TF32), with float32 sums: exact products, faster units."""
+    units: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "tf32")]
+    if has_bfloat16_products():
+        units.append((torch.backends.mkldnn.matmul, "bf16"))  # type: ignore[attr-defined]
+    before = [unit.fp32_precision for unit, _ in units]
+    if dtype == torch.bfloat16:
+        for unit, precision in units:
+            unit.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for (unit, _), precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision
+
+
+def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """``total += rows^T rows`` on and right of the diagonal; ``rows`` ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32.
+
+    What is left of it is not touched, or not all of it: ``across`` fills it in when everything is summed.
+    """
+    with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
+        for chunk in rows.split(ROWS):
+            wide = even_rows(chunk).float()
+            for first in range(0, len(total), BAND):
+                total[first : first + BAND, first:].addmm_(wide[:, first : first + BAND].T, wide[:, first:])
+
+
+def across(total: torch.Tensor) -> torch.Tensor:
+    """``total`` itself, what is right of its diagonal copied to the left."""
+    for first in range(BAND, len(total), BAND):
+        total[first : first + BAND, :first] = total[:first, first : first + BAND].T
+    return total
