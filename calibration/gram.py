@@ -11,7 +11,8 @@ import torch
 from checkpoint.modeling_template import even_rows
 
 ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
-BAND = 256  # rows of a Gram matrix that are made at a time: narrower ones save more, and keep the multipliers less busy
+# rows of a Gram matrix that are made at a time, and the part of it: narrower bands save more, and keep the multipliers less busy
+BAND, BANDS = 128, 16
 
 
 def has_bfloat16_products() -> bool:
@@ -45,12 +46,17 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
         for chunk in rows.split(ROWS):
             wide = even_rows(chunk).float()
-            for first in range(0, len(total), BAND):
-                total[first : first + BAND, first:].addmm_(wide[:, first : first + BAND].T, wide[:, first:])
+            for band in _bands(total):
+                total[band, band.start :].addmm_(wide[:, band].T, wide[:, band.start :])
 
 
 def across(total: torch.Tensor) -> torch.Tensor:
     """``total`` itself, what is right of its diagonal copied to the left."""
-    for first in range(BAND, len(total), BAND):
-        total[first : first + BAND, :first] = total[:first, first : first + BAND].T
+    for band in _bands(total):
+        total[band, : band.start] = total[: band.start, band].T
     return total
+
+
+def _bands(total: torch.Tensor) -> list[slice]:
+    step = max(BAND, len(total) // BANDS)
+    return [slice(first, first + step) for first in range(0, len(total), step)]

@@ -44,7 +44,8 @@ def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Fa
     """
     rooted = weight @ root
     power, vectors = descending(rooted.T @ rooted)
-    u, _ = torch.linalg.qr(rooted @ vectors[:, :rank])
+    rooted = rooted @ vectors[:, :rank]  # of the whole product nothing more is needed, and it is as large as the weight
+    u, _ = torch.linalg.qr(rooted)
     return Factors(u, u.T @ weight, tails(power, rank))
 
 

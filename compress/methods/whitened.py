@@ -26,6 +26,6 @@ def whitened(weight: torch.Tensor, moments: Moments, rank: int, damping: float) 
         return truncate_by_output(weight, moments.of_output(weight) + floor * (weight @ weight.T), rank)
     if moments.input is None:
         raise ValueError("a tall weight needs its input's second moment")
-    second = moments.input.double().clone()
+    second = moments.input.to(torch.float64, copy=True)
     second.diagonal().add_(floor)
     return truncate_by_input(weight, root_of(second), rank)
