@@ -11,6 +11,8 @@ import torch
 from checkpoint.device import CPU
 from checkpoint.shards import as_bytes
 
+BEGIN_WRITING = hasattr(os, "posix_fadvise")  # not on macOS
+
 
 class HiddenStates:
     """A file of ``(windows, length, width)`` numbers, written and read a few windows at a time."""
@@ -58,6 +60,8 @@ class HiddenStates:
         done = 0
         while done < len(view):
             done += self._file.write(view[done:])
+        if BEGIN_WRITING:  # the disk begins while the next windows are computed: the flush at the end has little left
+            os.posix_fadvise(self._file.fileno(), first * self._window_bytes, done, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> HiddenStates:
         return self
