@@ -14,6 +14,7 @@ import torch
 Labels = Callable[[torch.Tensor, int, int], torch.Tensor]
 LOGIT_BYTES = 32_000_000  # float32 logits in one chunk: a vocabulary of 262k takes 30 tokens at a time
 NO_LABEL = -100
+BLOCK = 256  # of a vocabulary, in which a label is looked for
 
 
 def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
@@ -23,10 +24,24 @@ def uniforms(seed: int, window: int, length: int) -> torch.Tensor:
 
 
 def sample(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Labels ``(tokens,)`` drawn from ``probabilities`` ``(tokens, vocabulary)`` float32 by inverting the distribution."""
-    cumulative = probabilities.cumsum(-1)
-    threshold = uniform.float().to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)
+    """Labels ``(tokens,)`` drawn from ``probabilities`` ``(tokens, vocabulary)`` float32 by inverting the distribution.
+
+    First among blocks of the vocabulary, then within the block: running sums over all of it take several times as long.
+    """
+    vocabulary = probabilities.shape[-1]
+    whole = vocabulary // BLOCK * BLOCK
+    parts = [
+        probabilities[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).sum(-1),
+        probabilities[:, whole:].sum(-1, keepdim=True),
+    ]
+    upto = torch.cat(parts, dim=1).cumsum(-1, dtype=torch.float64)
+    threshold = uniform.to(upto.device)[:, None] * upto[:, -1:]
+    block = torch.searchsorted(upto, threshold).clamp_(max=upto.shape[1] - 1)
+    before = torch.cat([upto.new_zeros(len(upto), 1), upto], dim=1).gather(1, block)
+    columns = (block * BLOCK + torch.arange(BLOCK, device=block.device)).clamp_(max=vocabulary - 1)
+    within = probabilities.gather(1, columns).cumsum(-1, dtype=torch.float64)
+    at = torch.searchsorted(within, threshold - before).clamp_(max=BLOCK - 1)
+    return columns.gather(1, at).squeeze(1)
 
 
 def next_tokens(ids: torch.Tensor) -> torch.Tensor:
@@ -56,7 +71,7 @@ def loss_gradient(
         part = hidden[first : first + chunk].detach().clone().requires_grad_(True)
         with torch.enable_grad():
             logits = head(part[None])[0]
-        at_logits = torch.softmax(logits.detach().float(), -1)
+        at_logits = torch.softmax(logits.detach(), -1, dtype=torch.float32)
         wanted = labels(at_logits, first, first + part.shape[0])
         at_logits[torch.arange(len(wanted), device=wanted.device), wanted.clamp(min=0)] -= 1
         at_logits[wanted == NO_LABEL] = 0

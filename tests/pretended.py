@@ -45,11 +45,11 @@ class There(torch.Tensor):
     def cpu(self) -> torch.Tensor:
         return self.inner.detach().clone()
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type == "cpu":
             return self.cpu().to(dtype or self.dtype)
-        return super().to(dtype or self.dtype)
+        return super().to(dtype or self.dtype, copy=copy)
 
     def tolist(self) -> Any:
         return self.inner.tolist()
@@ -87,7 +87,9 @@ class Pretended(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.Tensor.to and not isinstance(args[0], There):
-            device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            device, dtype, _, _ = torch._C._nn._parse_to(
+                *args[1:], **{key: kwargs[key] for key in kwargs if key != "copy"}
+            )
             if device == DEVICE:
                 return There(args[0].detach().to(dtype or args[0].dtype))
         wanted = kwargs.get("device")

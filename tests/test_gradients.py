@@ -127,6 +127,19 @@ def test_labels_are_drawn_from_the_model_and_repeat():
     assert next_tokens(torch.tensor([4, 5, 6])).tolist() == [5, 6, NO_LABEL]
 
 
+@pytest.mark.parametrize("vocabulary", [5, 256, 700, 1024])
+def test_labels_are_those_of_the_running_sums_over_the_whole_vocabulary(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    probabilities = (3 * torch.randn(2000, vocabulary, generator=generator)).softmax(-1)
+    uniform = torch.rand(2000, generator=generator, dtype=torch.float64)
+    sums = probabilities.double().cumsum(-1)
+    threshold = uniform[:, None] * sums[:, -1:]
+    expected = torch.searchsorted(sums, threshold).squeeze(1)
+    drawn = sample(probabilities, uniform)
+    near = (sums - threshold).abs().min(dim=1).values < 1e-6  # where float32 sums may fall on the other side
+    assert torch.equal(drawn[~near], expected[~near]) and int(near.sum()) < 20
+
+
 def two_sided_problem(
     d_out: int, d_in: int, tokens: int = 300
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
