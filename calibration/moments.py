@@ -22,6 +22,7 @@ from checkpoint.device import CPU
 
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
+PART = 256  # columns of a moment that are float64 at a time
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -64,13 +65,16 @@ class Moments:
     borrowed: bool = False
 
     def of_output(self, weight: torch.Tensor) -> torch.Tensor:
-        """``W C W^T`` in float64, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
+        """``W C W^T`` in float64, new, from whichever side was kept; ``weight`` is ``(d_out, d_in)`` float64."""
         if self.input is not None:
             # a part at a time: float64 of the whole moment of a wide input would be the largest thing in memory
-            return torch.cat([weight @ part.double() for part in self.input.split(ROWS, dim=1)], dim=1) @ weight.T
+            second = weight.new_zeros(len(weight), len(weight))
+            for columns, part in zip(weight.split(PART, dim=1), self.input.split(PART, dim=1), strict=True):
+                second.addmm_(weight @ part.double(), columns.T)
+            return second
         if self.output is None:
             raise ValueError("no second moment was collected")
-        return self.output.double()
+        return self.output.to(torch.float64, copy=True)
 
 
 def sample_batches(x: torch.Tensor, g: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -18,6 +18,7 @@ from compress.parts import Factors
 
 # a Krylov space finds this part of the directions, or less, sooner than a full decomposition; and how exactly
 FEW, TOLERANCE = 1 / 16, 1e-3
+SPREAD = 1e-6  # of the kept eigenvalues, smallest to largest, above which the directions are orthonormal to 1e-10 once they are scaled
 ROUNDING = 1e-10  # what is left of a vector, relative to the largest, when it adds nothing
 SMALL = 1e-6  # an eigenvalue, relative to the largest, that products in float32 do not tell from nought
 
@@ -39,13 +40,14 @@ def truncate_by_output(weight: torch.Tensor, second: torch.Tensor, rank: int) ->
 def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Factors:
     """Ordered factors from a root ``root root^T = R`` of the input's moment, for ``d_in < d_out``.
 
-    ``weight`` ``(d_out, d_in)`` and ``root`` ``(d_in, d_in)`` float64. The left singular vectors come from a
-    QR of ``W L V_r``, whose columns are orthogonal already: it stays orthonormal where they vanish.
+    ``weight`` ``(d_out, d_in)`` and ``root`` ``(d_in, d_in)`` float64. The left singular vectors are the columns of
+    ``W L V_r``, orthogonal already, over their lengths; where the least nearly vanish, a QR's, which stay orthonormal.
     """
     rooted = weight @ root
     power, vectors = descending(rooted.T @ rooted)
     rooted = rooted @ vectors[:, :rank]  # of the whole product nothing more is needed, and it is as large as the weight
-    u, _ = torch.linalg.qr(rooted)
+    kept = power[:rank]
+    u = rooted.div_(kept.sqrt()) if bool((kept > SPREAD * power[0]).all()) else torch.linalg.qr(rooted).Q
     return Factors(u, u.T @ weight, tails(power, rank))
 
 
@@ -70,7 +72,7 @@ def root_of(second: torch.Tensor) -> torch.Tensor:
 
     Which one makes no difference to ``W'``.
     """
-    root, failed = torch.linalg.cholesky_ex((second + second.T) / 2)
+    root, failed = torch.linalg.cholesky_ex(second)
     return root if not failed and finite(root) else symmetric_root(second)
 
 
@@ -94,10 +96,13 @@ def damping_floor(damping: float, power: float) -> float:
 
 
 def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues (not negative) and eigenvectors of a float64 matrix, largest first; NotFinite if it holds NaN or inf."""
+    """Eigenvalues (not negative) and eigenvectors of a float64 matrix, largest first; NotFinite if it holds NaN or inf.
+
+    The lower triangle is what counts.
+    """
     if not finite(symmetric):
         raise NotFinite("a second moment holds NaN or inf")
-    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    values, vectors = torch.linalg.eigh(symmetric)
     return _not_negative(values.flip(0)), vectors.flip(1)
 
 

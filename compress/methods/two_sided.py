@@ -54,7 +54,7 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     if weight.shape[0] <= weight.shape[1]:
         if moments.gradient is None:
             raise ValueError("a wide weight needs the moment of its output gradient")
-        second = moments.of_output(weight) + input_floor * (weight @ weight.T)
+        second = moments.of_output(weight).addmm_(weight, weight.T, alpha=input_floor)
         damped = _damped(moments.gradient, gradient_floor)
     else:
         if moments.input is None:

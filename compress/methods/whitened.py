@@ -23,9 +23,11 @@ def whitened(weight: torch.Tensor, moments: Moments, rank: int, damping: float) 
     """
     floor = damping_floor(damping, moments.input_power)
     if weight.shape[0] <= weight.shape[1]:
-        return truncate_by_output(weight, moments.of_output(weight) + floor * (weight @ weight.T), rank)
+        return truncate_by_output(weight, moments.of_output(weight).addmm_(weight, weight.T, alpha=floor), rank)
     if moments.input is None:
         raise ValueError("a tall weight needs its input's second moment")
     second = moments.input.to(torch.float64, copy=True)
     second.diagonal().add_(floor)
-    return truncate_by_input(weight, root_of(second), rank)
+    root = root_of(second)
+    del second  # of a small model what is side by side is the largest in memory
+    return truncate_by_input(weight, root, rank)
