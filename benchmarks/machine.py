@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from calibration.products import eigenvectors, product
+
 LARGEST, ANCHOR = 4200, 4096  # sides above the first are not decomposed: their seconds are the second's, scaled by n^3
 WIDEST = 8192  # side of the matrix that is factorised, at most: wider ones take as long a FLOP
 FILE, BLOCK = 512 << 20, 16 << 20  # bytes of the file that is written and read, and of what goes in or out at a time
@@ -62,7 +64,7 @@ def _product(shape: Shape, dtype: torch.dtype) -> float:
     """FLOP/s of a linear on tokens."""
     tokens, d_in, d_out = shape
     x, weight = torch.ones(tokens, d_in, dtype=dtype), torch.ones(d_out, d_in, dtype=dtype)
-    return 2.0 * tokens * d_in * d_out / _seconds(lambda: torch.nn.functional.linear(x, weight))
+    return 2.0 * tokens * d_in * d_out / _seconds(lambda: product(x, weight.T))
 
 
 def _symmetric(side: int) -> torch.Tensor:
@@ -83,7 +85,7 @@ def _eigen(sides: Iterable[int], dtype: torch.dtype) -> dict[int, float]:
     found = {}
     for side in sides:
         symmetric = _symmetric(side).to(dtype)
-        found[side] = _seconds(lambda symmetric=symmetric: torch.linalg.eigh(symmetric))
+        found[side] = _seconds(lambda symmetric=symmetric: eigenvectors(symmetric))
     return found
 
 

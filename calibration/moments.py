@@ -17,12 +17,14 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from calibration.gram import ROWS, across, add_gram
+from calibration.products import product
 from checkpoint import processes
 from checkpoint.device import CPU
 
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
 PART = 256  # columns of a moment that are float64 at a time
+IN_CACHE = 1 << 17  # numbers that are made float32 at a time, where nothing is kept of them
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -70,7 +72,7 @@ class Moments:
             # a part at a time: float64 of the whole moment of a wide input would be the largest thing in memory
             second = weight.new_zeros(len(weight), len(weight))
             for columns, part in zip(weight.split(PART, dim=1), self.input.split(PART, dim=1), strict=True):
-                second.addmm_(weight @ part.double(), columns.T)
+                second += product(product(weight, part.double()), columns.T)
             return second
         if self.output is None:
             raise ValueError("no second moment was collected")
@@ -103,6 +105,12 @@ def _pull_into(total: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     own = args[0].view_as(args[0])  # linears that share an input each get a gradient of their own
     own.register_hook(lambda pulled: add_gram(total, pulled.reshape(-1, pulled.shape[-1])))
     return (own, *args[1:])
+
+
+def squared_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """``|x|^2`` of ``rows`` ``(tokens, d)``, float32: torch would copy all in float32, into memory that is new every time."""
+    few = max(1, IN_CACHE // rows.shape[1])
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows.split(few)]).square_()
 
 
 # sums over tokens of a function of each input channel, by the name of the moment
@@ -248,7 +256,7 @@ class GroupCollector:
         if name == self._watched[0]:  # keep what the gradients of the group will be paired with
             rows = x.detach().reshape(-1, x.shape[-1])
             if self._row_fisher:
-                self._lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+                self._lengths = squared_lengths(rows)
             if self._weighted is not None:
                 self._rows = rows
             if self._per_batch:
@@ -261,7 +269,7 @@ class GroupCollector:
         rows = x.reshape(-1, x.shape[-1])
         self._tokens += rows.shape[0]
         if self._input is None:
-            self._power += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / rows.shape[1]
+            self._power += float(squared_lengths(rows).sum()) / rows.shape[1]
         else:
             add_gram(self._input, rows)
         for function, total in self._of_channels.values():
@@ -292,11 +300,11 @@ class GroupCollector:
         if name in self._gradients:
             add_gram(self._gradients[name], rows)
         else:
-            self._gradient_power[name] += float(torch.linalg.vector_norm(rows, dtype=torch.float32)) ** 2 / d_out
+            self._gradient_power[name] += float(squared_lengths(rows).sum()) / d_out
         if name in self._row_fisher:
             self._row_fisher[name] += self._lengths @ rows.float().square()
         if self._weighted is not None:
-            self._of_tokens.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square())
+            self._of_tokens.append(squared_lengths(rows))
             if len(self._of_tokens) == len(self._sizes):
                 self._add_weighted(self._weighted, torch.stack(self._of_tokens).sum(0))
                 self._of_tokens.clear()

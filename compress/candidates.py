@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from calibration.moments import Moments, sample_batches
+from calibration.products import product
 from checkpoint.forms import Grid, Spec
 from compress.methods import METHODS, NATS
 from compress.packing import quantized_factors
@@ -89,7 +90,7 @@ class Quantization:
         found = self._corrected(weight, quantized, moments, rank)
         for _ in range(self.alternations if rank else 0):
             assert found.correction is not None
-            low_rank = found.correction.a @ found.correction.b
+            low_rank = product(found.correction.a, found.correction.b)
             (again_quantized,) = self.codes(weight - low_rank, [quantized.grid], moments, dtype)
             again = self._corrected(weight, again_quantized, moments, rank)
             if float(again.loss[-1]) >= float(found.loss[-1]):
@@ -124,20 +125,20 @@ def moments_of_error(moments: Moments, weighted: bool) -> Moments:
 
 
 def quantized_product_losses(
-    weight: torch.Tensor, product: LowRank, specs: Collection[Spec], moments: Moments
+    weight: torch.Tensor, low_rank: LowRank, specs: Collection[Spec], moments: Moments
 ) -> torch.Tensor:
-    """``sampled_losses`` of a weight ``(d_out, d_in)`` float64 as its product with both factors on a grid, for each of ``specs``.
+    """``sampled_losses`` of a weight ``(d_out, d_in)`` float64 as a product with both factors on a grid, for each of ``specs``.
 
-    ``product`` holds the highest rank of them. All have one grid, whose groups divide their ranks: the codes of a lower rank are a
+    ``low_rank`` holds the highest rank of them. All have one grid, whose groups divide their ranks: the codes of a lower rank are a
     slice of the highest's.
     """
     (grid,) = {spec.factors for spec in specs if spec.factors}
-    rounded = quantized_factors(product, grid)
+    rounded = quantized_factors(low_rank, grid)
     a, b = rounded.a.dense().to(weight.device), rounded.b.dense().to(weight.device)
     # from the highest rank down, a direction back at a time: what is left of a weight at last is too small a difference
     taken_back = Factors(-a.flip(1), b.flip(0), torch.empty(0))
-    losses = sampled_losses(weight - (a @ b).double(), taken_back, moments)
-    return losses[[product.rank - spec.rank for spec in specs]]
+    losses = sampled_losses(weight - product(a, b).double(), taken_back, moments)
+    return losses[[low_rank.rank - spec.rank for spec in specs]]
 
 
 def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> torch.Tensor:
@@ -153,6 +154,6 @@ def sampled_losses(error: torch.Tensor, factors: Factors, moments: Moments) -> t
     total = torch.zeros(b.shape[1] + 1, dtype=torch.float64, device=b.device)
     for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
         change = ((x @ rounded) * g).sum(1, dtype=torch.float64).unsqueeze(1)
-        made_up = ((x.float() @ b) * (g.float() @ a)).cumsum(1, dtype=torch.float64)
+        made_up = product(x.float(), b).mul_(product(g.float(), a)).cumsum(1, dtype=torch.float64)
         total += torch.cat([change, change - made_up], dim=1).square_().sum(0)
     return total / len(moments.input_samples) / 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calibration.products import product
 from calibration.structure import Linear, Structure
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
@@ -107,8 +108,8 @@ def _quantizing_seconds(recipe: Recipe, linear: Linear) -> float:
 def _flops_per_second(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
     """This machine's speed in a small matrix product."""
     a = torch.ones(size, size, dtype=dtype)
-    a @ a
+    product(a, a)
     started = time.perf_counter()
     for _ in range(repeats):
-        a @ a
+        product(a, a)
     return 2.0 * size**3 * repeats / (time.perf_counter() - started)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from calibration.products import product
 from checkpoint.forms import Part
 from compress.parts import LowRank, Pivoted
 
@@ -23,7 +24,7 @@ def pivoted(part: LowRank) -> Pivoted:
     """The same product (computed in float64) in the pivoted form, in the part's dtype."""
     a = part.a.double()
     rows, coefficients = dominant_rows(a)
-    kept = a[rows[: part.rank]] @ part.b.double()
+    kept = product(a[rows[: part.rank]], part.b.double())
     order = torch.empty_like(rows)
     order[rows] = torch.arange(rows.numel(), device=rows.device)
     dtype = part.a.dtype

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from calibration.products import eigenvectors, product
 from checkpoint.finite import finite
 from compress.counts import count
 from compress.parts import Factors
@@ -34,7 +35,7 @@ def truncate_by_output(weight: torch.Tensor, second: torch.Tensor, rank: int) ->
     """
     power, vectors = descending(second)
     u = vectors[:, :rank]
-    return Factors(u, u.T @ weight, tails(power, rank))
+    return Factors(u, product(u.T, weight), tails(power, rank))
 
 
 def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Factors:
@@ -43,19 +44,21 @@ def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Fa
     ``weight`` ``(d_out, d_in)`` and ``root`` ``(d_in, d_in)`` float64. The left singular vectors are the columns of
     ``W L V_r``, orthogonal already, over their lengths; where the least nearly vanish, a QR's, which stay orthonormal.
     """
-    rooted = weight @ root
-    power, vectors = descending(rooted.T @ rooted)
-    rooted = rooted @ vectors[:, :rank]  # of the whole product nothing more is needed, and it is as large as the weight
+    rooted = product(weight, root)
+    power, vectors = descending(product(rooted.T, rooted))
+    rooted = product(
+        rooted, vectors[:, :rank]
+    )  # of the whole product nothing more is needed, and it is as large as the weight
     kept = power[:rank]
     u = rooted.div_(kept.sqrt()) if bool((kept > SPREAD * power[0]).all()) else torch.linalg.qr(rooted).Q
-    return Factors(u, u.T @ weight, tails(power, rank))
+    return Factors(u, product(u.T, weight), tails(power, rank))
 
 
 def truncate(weight: torch.Tensor, second_of_input: torch.Tensor, rank: int) -> Factors:
     """Ordered factors for the input moment ``R`` ``(d_in, d_in)`` float64, by whichever side is smaller."""
     d_out, d_in = weight.shape
     if d_out <= d_in:
-        return truncate_by_output(weight, weight @ second_of_input @ weight.T, rank)
+        return truncate_by_output(weight, product(product(weight, second_of_input), weight.T), rank)
     return truncate_by_input(weight, root_of(second_of_input), rank)
 
 
@@ -63,7 +66,7 @@ def truncate_by_channels(weight: torch.Tensor, scale: torch.Tensor, rank: int) -
     """Ordered factors where each input channel counts by ``scale`` ``(d_in,)`` float64: the SVD of ``W diag(scale)``."""
     if weight.shape[0] <= weight.shape[1]:
         scaled = weight * scale
-        return truncate_by_output(weight, scaled @ scaled.T, rank)
+        return truncate_by_output(weight, product(scaled, scaled.T), rank)
     return truncate_by_input(weight, torch.diag(scale), rank)
 
 
@@ -102,7 +105,7 @@ def descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if not finite(symmetric):
         raise NotFinite("a second moment holds NaN or inf")
-    values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = eigenvectors(symmetric)
     return _not_negative(values.flip(0)), vectors.flip(1)
 
 

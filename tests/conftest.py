@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "benchmarks")]
 
+import checkpoint.environment  # noqa: E402, F401  before anything that reads it
 from eval.quiet import quiet_libraries  # noqa: E402
 
 quiet_libraries()

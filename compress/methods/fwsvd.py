@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from calibration.moments import Moments
+from calibration.products import product
 from compress.parts import Factors
 from compress.truncation import damping_floor, descending, tails, truncate_by_output
 
@@ -24,8 +25,8 @@ def fwsvd(weight: torch.Tensor, moments: Moments, rank: int, damping: float) -> 
     root = (fisher + damping_floor(damping, float(fisher.mean()))).sqrt()
     scaled = weight * root[:, None]
     if weight.shape[0] <= weight.shape[1]:
-        found = truncate_by_output(scaled, scaled @ scaled.T, rank)
+        found = truncate_by_output(scaled, product(scaled, scaled.T), rank)
         return Factors(found.a / root[:, None], found.b, found.loss)
-    power, vectors = descending(scaled.T @ scaled)
+    power, vectors = descending(product(scaled.T, scaled))
     kept = vectors[:, :rank]
-    return Factors(weight @ kept, kept.T, tails(power, rank))
+    return Factors(product(weight, kept), kept.T, tails(power, rank))

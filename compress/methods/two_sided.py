@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from calibration.moments import Moments, sample_batches
+from calibration.products import product
 from compress.counts import count
 from compress.parts import Factors
 from compress.truncation import FEW, damping_floor, descending, leading, tails
@@ -39,7 +40,7 @@ def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     a, b = full.a.float(), full.b.float().T
     power = torch.zeros(b.shape[1], dtype=torch.float64, device=b.device)
     for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
-        power += ((g.float() @ a).square_() * (x.float() @ b).square_()).sum(0, dtype=torch.float64)
+        power += (product(g.float(), a).square_() * product(x.float(), b).square_()).sum(0, dtype=torch.float64)
     return Factors(full.a[:, :rank], full.b[:rank], tails(power / len(moments.input_samples), rank) / 2)
 
 
@@ -54,17 +55,19 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     if weight.shape[0] <= weight.shape[1]:
         if moments.gradient is None:
             raise ValueError("a wide weight needs the moment of its output gradient")
-        second = moments.of_output(weight).addmm_(weight, weight.T, alpha=input_floor)
+        second = moments.of_output(weight).add_(product(weight, weight.T), alpha=input_floor)
         damped = _damped(moments.gradient, gradient_floor)
     else:
         if moments.input is None:
             raise ValueError("a tall weight needs its input's moment")
-        second = _pulled(weight, moments).double() + gradient_floor * (weight.T @ weight)
+        second = (
+            _pulled(weight, moments).to(torch.float64, copy=True).add_(product(weight.T, weight), alpha=gradient_floor)
+        )
         damped = _damped(moments.input, input_floor)
     if not rank:  # all that is asked is what all directions cost together
         return Factors(weight[:, :0], weight[:0], (damped * second).sum().view(1) / 2)
     root = torch.linalg.cholesky(damped)
-    power, vectors = descending(root.T @ second @ root)
+    power, vectors = descending(product(product(root.T, second), root))
     a, b = _along(weight, root, vectors[:, :rank])
     return Factors(a, b, tails(power, rank) / 2)
 
@@ -99,9 +102,9 @@ def _along(weight: torch.Tensor, root: torch.Tensor, kept: torch.Tensor) -> tupl
     """Factors of ``weight`` along orthonormal directions ``kept`` ``(smaller side, r)`` of it between the roots, balanced."""
     if weight.shape[0] <= weight.shape[1]:
         a = torch.linalg.solve_triangular(root.T, kept, upper=True)
-        b = (root @ kept).T @ weight
+        b = product(product(root, kept).T, weight)
     else:
-        a = weight @ (root @ kept)
+        a = product(weight, product(root, kept))
         b = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
     _balance(a, b)
     return a, b
@@ -114,7 +117,7 @@ def _pulled(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     if moments.gradient is None:
         raise ValueError("a tall weight needs the moment of its output gradient, or that pulled back to its input")
     single = weight.float()
-    return single.T @ moments.gradient @ single
+    return product(product(single.T, moments.gradient), single)
 
 
 def _damped(moment: torch.Tensor, floor: float) -> torch.Tensor:

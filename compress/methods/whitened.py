@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from calibration.moments import Moments
+from calibration.products import product
 from compress.parts import Factors
 from compress.truncation import damping_floor, root_of, truncate_by_input, truncate_by_output
 
@@ -23,7 +24,8 @@ def whitened(weight: torch.Tensor, moments: Moments, rank: int, damping: float) 
     """
     floor = damping_floor(damping, moments.input_power)
     if weight.shape[0] <= weight.shape[1]:
-        return truncate_by_output(weight, moments.of_output(weight).addmm_(weight, weight.T, alpha=floor), rank)
+        second = moments.of_output(weight).add_(product(weight, weight.T), alpha=floor)
+        return truncate_by_output(weight, second, rank)
     if moments.input is None:
         raise ValueError("a tall weight needs its input's second moment")
     second = moments.input.to(torch.float64, copy=True)

@@ -1,0 +1,38 @@
+"""Products and eigenvectors in float32 and float64, by the library that is faster on this processor.
+
+That is torch's, but for AMD's processors with AVX-512: torch's MKL keeps to AVX2 there, numpy's OpenBLAS does not
+(checkpoint/environment.py).
+On Zen 5 its products take half the time in float32, five eighths in float64, and less where a matrix meets its own transpose, of which
+it makes one triangle.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from checkpoint.environment import OPENBLAS_IS_WIDER
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b``, new; ``(m, k)`` and ``(k, n)`` of one dtype (bfloat16 is torch's), without gradients."""
+    if not (OPENBLAS_IS_WIDER and a.device.type == "cpu" and a.dtype in DTYPES):
+        return a @ b
+    return torch.from_numpy(a.numpy() @ b.numpy())
+
+
+def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues ``(n,)``, rising, and eigenvectors ``(n, n)``, columns, of a finite matrix; its lower triangle is what counts.
+
+    Raises torch.linalg.LinAlgError where they are not found.
+    """
+    if not (OPENBLAS_IS_WIDER and symmetric.device.type == "cpu"):
+        values, vectors = torch.linalg.eigh(symmetric)
+        return values, vectors
+    try:
+        found = np.linalg.eigh(symmetric.numpy(), UPLO="L")
+    except np.linalg.LinAlgError as problem:
+        raise torch.linalg.LinAlgError(str(problem)) from problem
+    return torch.from_numpy(found.eigenvalues), torch.from_numpy(found.eigenvectors)
