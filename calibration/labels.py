@@ -12,7 +12,8 @@ import torch
 
 # labels of positions first to last, given their probabilities (tokens, vocabulary)
 Labels = Callable[[torch.Tensor, int, int], torch.Tensor]
-LOGIT_BYTES = 32_000_000  # float32 logits in one chunk: a vocabulary of 262k takes 30 tokens at a time
+LOGIT_BYTES = 32_000_000  # float32 logits in one chunk, at most: a vocabulary of 262k takes 30 tokens at a time
+LOGIT_TOKENS = 80  # of which the logits of a vocabulary of 49k lie in the heap; larger blocks are new memory every time
 NO_LABEL = -100
 BLOCK = 256  # of a vocabulary, in which a label is looked for
 
@@ -51,7 +52,7 @@ def next_tokens(ids: torch.Tensor) -> torch.Tensor:
 
 def logit_tokens(vocabulary: int) -> int:
     """How many tokens' logits are held at a time."""
-    return max(1, LOGIT_BYTES // (4 * vocabulary))
+    return max(1, min(LOGIT_TOKENS, LOGIT_BYTES // (4 * vocabulary)))
 
 
 def loss_gradient(
@@ -65,15 +66,18 @@ def loss_gradient(
     ``head`` maps ``(1, tokens, width)`` to logits; ``labels(probabilities, first, last)`` gives the labels of positions
     ``first`` to ``last``. The gradient at the logits is ``softmax - onehot``; only a chunk of logits is held.
     """
-    chunk = logit_tokens(vocabulary)
+    chunks = -(-hidden.shape[0] // logit_tokens(vocabulary))
+    chunk = -(-hidden.shape[0] // chunks)  # all alike: products of few rows are slow
     gradients = []
     for first in range(0, hidden.shape[0], chunk):
         part = hidden[first : first + chunk].detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            logits = head(part[None])[0]
-        at_logits = torch.softmax(logits.detach(), -1, dtype=torch.float32)
+            logits = head(part[None]).squeeze(0)
+        at_logits = logits.detach().to(torch.float32, copy=True)
+        torch.softmax(at_logits, -1, out=at_logits)
         wanted = labels(at_logits, first, first + part.shape[0])
         at_logits[torch.arange(len(wanted), device=wanted.device), wanted.clamp(min=0)] -= 1
-        at_logits[wanted == NO_LABEL] = 0
+        if (without := wanted == NO_LABEL).any():
+            at_logits[without] = 0
         gradients.append(torch.autograd.grad(logits, part, at_logits.to(logits.dtype))[0])
     return torch.cat(gradients)

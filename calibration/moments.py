@@ -24,7 +24,7 @@ from checkpoint.device import CPU
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
 PART = 256  # columns of a moment that are float64 at a time
-IN_CACHE = 1 << 17  # numbers that are made float32 at a time, where nothing is kept of them
+AT_A_TIME = 1 << 20  # numbers that are made float32, where nothing is kept of them: more would be new memory every time
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -108,8 +108,8 @@ def _pull_into(total: torch.Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | 
 
 
 def squared_lengths(rows: torch.Tensor) -> torch.Tensor:
-    """``|x|^2`` of ``rows`` ``(tokens, d)``, float32: torch would copy all in float32, into memory that is new every time."""
-    few = max(1, IN_CACHE // rows.shape[1])
+    """``|x|^2`` of ``rows`` ``(tokens, d)``, float32."""
+    few = max(1, AT_A_TIME // rows.shape[1])
     return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows.split(few)]).square_()
 
 
