@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 
+from calibration import products
 from checkpoint.device import find_device
 from checkpoint.errors import UserError
 from compress import parallel, pipeline, plan
@@ -34,6 +35,9 @@ def elsewhere(monkeypatch):
     """A device that only pretends: see pretended.py."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the pretence is a thread's own
     monkeypatch.setattr(parallel, "FEW", -1)
+    monkeypatch.setattr(
+        products, "OPENBLAS_IS_WIDER", False
+    )  # numpy's library knows of no device; here too it is torch's, then
     monkeypatch.setattr(plan, "name_of", str)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for name in ("name_of", "kind_of", "peak_on"):
