@@ -171,20 +171,11 @@ def of_process() -> str:
     return "" if processes.is_main() else f" (process {processes.index()})"
 
 
-def out_of_memory(problem: BaseException) -> bool:
-    """Whether the system gave no more memory, to Python or to torch, here or on a GPU."""
-    import torch
-
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     from checkpoint.errors import UserError
-    from checkpoint.memory import PROCESS_BYTES, check_allowed
+    from checkpoint.memory import PROCESS_BYTES, check_allowed, out_of_memory
     from eval.quiet import quiet_libraries
 
     quiet_libraries()  # before anything imports those libraries

@@ -22,13 +22,35 @@ PROCESS_BYTES = 515_000_000  # Python, torch, transformers and the heap before a
 
 def check_allowed(needed: int) -> None:
     """Raise UserError if the system's limits for this process are below ``needed`` bytes."""
-    for name, flag in (("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")):
-        allowed, _ = resource.getrlimit(getattr(resource, name))
-        if allowed != resource.RLIM_INFINITY and allowed < needed:
+    for allowed, flag in _limits():
+        if allowed < needed:
             raise UserError(
                 f"{needed / 1e9:.2f} GB of memory are needed, and the system allows this process {allowed / 1e9:.2f} GB "
                 f"(ulimit {flag}); raise that{', or plan for less with --memory-limit' if needed > PROCESS_BYTES else ''}"
             )
+
+
+def _limits() -> list[tuple[int, str]]:
+    """The system's limits for this process, in bytes, and the flags of ulimit that set them."""
+    found = [(resource.getrlimit(resource.RLIMIT_AS)[0], "-v"), (resource.getrlimit(resource.RLIMIT_DATA)[0], "-d")]
+    return [(allowed, flag) for allowed, flag in found if allowed != resource.RLIM_INFINITY]
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether the system gave no more memory, to Python or to torch, here or on a GPU.
+
+    oneDNN does not say why it has no kernel for a product; where there is a limit, it is that.
+    """
+    import torch  # loaded already where its errors come from; not before check_allowed, which is asked first
+
+    if not isinstance(problem, RuntimeError):
+        return isinstance(problem, MemoryError)
+    told = str(problem)
+    return (
+        isinstance(problem, torch.OutOfMemoryError)
+        or "allocate memory" in told
+        or ("could not create a primitive" in told and bool(_limits()))
+    )
 
 
 @cache

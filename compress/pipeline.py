@@ -26,7 +26,7 @@ from checkpoint.progress import Stage, say
 from checkpoint.shards import verify_weights
 from checkpoint.source import Source, resolve_model
 from checkpoint.workdir import WorkDirectory
-from compress import driver
+from compress import driver, parallel
 from compress import output as parts_out
 from compress.allocations import ALLOCATIONS
 from compress.allocations.welore import normalised
@@ -113,6 +113,7 @@ def run(request: Request) -> list[Path]:
     started = time.monotonic()
     keep_large_blocks_apart()
     processes.join()
+    parallel.start()
     directory = processes.of_main(lambda: find_model(request.model))
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code, request.device)
     recipe, passes = within(source, structure, request.recipe, request.memory_limit)

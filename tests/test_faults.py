@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_pipeline import ROOT, flags
 from zoo import content
 
 import run_pipeline
+from checkpoint.memory import out_of_memory
 from checkpoint.workdir import WorkDirectory
 
 
@@ -126,6 +128,18 @@ def test_no_more_memory(models, text, tmp_path, monkeypatch, capsys, problem):
     assert told[-1].startswith("error: the system gave no more memory") and "Traceback" not in told
     monkeypatch.undo()
     assert run_pipeline.main(arguments) == 0
+
+
+def test_what_onednn_says_counts_as_memory_where_that_is_limited(monkeypatch):
+    """It gives no reason for having no kernel; with no limit it is a defect, of which everything is told."""
+    problem = RuntimeError("could not create a primitive")
+    for which, limited in (("RLIMIT_AS", True), ("RLIMIT_DATA", True), ("RLIMIT_STACK", False)):
+        limits = {getattr(resource, which): 1 << 30}
+        monkeypatch.setattr(
+            resource, "getrlimit", lambda name, limits=limits: (limits.get(name, resource.RLIM_INFINITY),) * 2
+        )
+        assert out_of_memory(problem) == limited
+        assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_damaged_files_are_read_or_refused():

@@ -123,10 +123,13 @@ def test_a_limit_of_the_system_is_seen_at_once_or_met_and_survived(wide, text, t
         done = subprocess.run([*limit, *command], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.endswith(remedy), done.stderr
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out.work").glob("factors/*.safetensors")) and process.poll() is None:
-        time.sleep(0.005)
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (low, low))
-    told = process.communicate()[1]
+    try:
+        while not list((tmp_path / "out.work").glob("factors/*.safetensors")) and process.poll() is None:
+            time.sleep(0.005)
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (low, low))
+        told = process.communicate()[1]
+    finally:
+        process.kill()  # if it hung
     assert process.returncode == 2 and "the system gave no more memory" in told.splitlines()[-1], told
     assert not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, text=True)

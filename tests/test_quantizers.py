@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.parallel import each
+from compress.parallel import each, start
 from compress.quantizers import QUANTIZERS, Grid, two_sided
 from compress.quantizers import grid as grids
 from compress.quantizers.gptq import EXACT, Columns, Levels, gptq, inverse_root
@@ -211,11 +214,45 @@ def test_many_grids_at_once_are_each_as_alone(name, monkeypatch):
             ).float().mean() < 0.01  # products of another shape may round a tie elsewhere
 
 
-def test_work_side_by_side_keeps_its_order_and_gives_the_threads_back():
-    threads = torch.get_num_threads()
-    for numbers, inside in ((1, 1), (1 << 30, threads)):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("numbers", "inside"), [(1, 1), (1 << 30, 2)])
+def test_work_side_by_side_keeps_its_order_and_gives_the_threads_back(two_threads, numbers, inside):
+    for _ in range(2):
         found = each(lambda number: (number**2, torch.get_num_threads()), range(5), numbers)
         assert found == [(n**2, inside) for n in range(5)]
+        assert torch.get_num_threads() == 2
+
+
+def test_an_error_side_by_side_is_told_when_nothing_goes_on_any_more(two_threads):
+    """What is under way is waited for, what has not begun never does, and the next work is done."""
+    begun, failed, ended = threading.Event(), threading.Event(), []
+
+    def work(item):
+        if item == "fails":
+            begun.wait()
+            failed.set()
+            raise ZeroDivisionError
+        begun.set()
+        failed.wait()
+        time.sleep(0.05)
+        ended.append(item)
+
     with pytest.raises(ZeroDivisionError):
-        each(lambda number: 1 / number, [1, 0], 1)
-    assert torch.get_num_threads() == threads
+        each(work, ["fails", "goes on", *range(50)], 1)
+    assert "goes on" in ended and len(ended) < 50 and torch.get_num_threads() == 2
+    so_far = list(ended)
+    assert each(abs, [-1, -2], 1) == [1, 2] and ended == so_far
+
+
+def test_work_side_by_side_starts_no_thread_after_the_first(two_threads):
+    """A run under a limit of memory must not: python waits for ever for a thread that could not begin."""
+    start()
+    names = {thread.ident for thread in threading.enumerate()}
+    assert set(each(lambda _: threading.get_ident(), range(20), 1)) <= names
