@@ -2,8 +2,8 @@
 
 That is torch's, but for AMD's processors with AVX-512: torch's MKL keeps to AVX2 there, numpy's OpenBLAS does not
 (checkpoint/environment.py).
-On Zen 5 its products take half the time in float32, five eighths in float64, and less where a matrix meets its own transpose, of which
-it makes one triangle.
+On Zen 5 its products take half the time in float32, five eighths in float64, and less where a matrix meets its own transpose,
+of which it makes one triangle.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from checkpoint.environment import OPENBLAS_IS_WIDER
 DTYPES = (torch.float32, torch.float64)
 
 
+def _by_numpy(matrix: torch.Tensor) -> bool:
+    return OPENBLAS_IS_WIDER and matrix.device.type == "cpu" and matrix.dtype in DTYPES
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``, new; ``(m, k)`` and ``(k, n)`` of one dtype (bfloat16 is torch's), without gradients."""
-    if not (OPENBLAS_IS_WIDER and a.device.type == "cpu" and a.dtype in DTYPES):
-        return a @ b
-    return torch.from_numpy(a.numpy() @ b.numpy())
+    if _by_numpy(a):
+        return torch.from_numpy(a.numpy() @ b.numpy())
+    return a @ b
 
 
 def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +32,7 @@ def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises torch.linalg.LinAlgError where they are not found.
     """
-    if not (OPENBLAS_IS_WIDER and symmetric.device.type == "cpu"):
+    if not _by_numpy(symmetric):
         values, vectors = torch.linalg.eigh(symmetric)
         return values, vectors
     try:

@@ -23,9 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles: the least that it takes
 if OPENBLAS_IS_WIDER:
-    os.environ.setdefault(
-        "OPENBLAS_CORETYPE", "SkylakeX"
-    )  # newer processors than it knows it takes for ones without AVX-512
+    # processors newer than it knows it takes for ones without AVX-512
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 # a layer's tensors are in memory when transformers places them: threads for that gain nothing, and one that cannot start for want
 # of memory is waited for without end
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")

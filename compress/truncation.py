@@ -46,9 +46,8 @@ def truncate_by_input(weight: torch.Tensor, root: torch.Tensor, rank: int) -> Fa
     """
     rooted = product(weight, root)
     power, vectors = descending(product(rooted.T, rooted))
-    rooted = product(
-        rooted, vectors[:, :rank]
-    )  # of the whole product nothing more is needed, and it is as large as the weight
+    # of the whole product nothing more is needed, and it is as large as the weight
+    rooted = product(rooted, vectors[:, :rank])
     kept = power[:rank]
     u = rooted.div_(kept.sqrt()) if bool((kept > SPREAD * power[0]).all()) else torch.linalg.qr(rooted).Q
     return Factors(u, product(u.T, weight), tails(power, rank))

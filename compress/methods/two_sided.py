@@ -60,9 +60,7 @@ def kronecker(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     else:
         if moments.input is None:
             raise ValueError("a tall weight needs its input's moment")
-        second = (
-            _pulled(weight, moments).to(torch.float64, copy=True).add_(product(weight.T, weight), alpha=gradient_floor)
-        )
+        second = product(weight.T, weight).mul_(gradient_floor).add_(_pulled(weight, moments))
         damped = _damped(moments.input, input_floor)
     if not rank:  # all that is asked is what all directions cost together
         return Factors(weight[:, :0], weight[:0], (damped * second).sum().view(1) / 2)
@@ -90,12 +88,12 @@ def correction(error: torch.Tensor, moments: Moments, rank: int, damping: float)
     (near, near_floor, across), (far, far_floor, _) = sides if error.shape[0] <= error.shape[1] else sides[::-1]
     root = torch.linalg.cholesky(_damped(near, near_floor))
 
-    def product(vectors: torch.Tensor) -> torch.Tensor:
+    def applied(vectors: torch.Tensor) -> torch.Tensor:
         there = across @ (root @ vectors).float()
         return root.T @ (across.T @ (far @ there + far_floor * there)).double()
 
     random = torch.randn(len(root), rank + MORE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return Factors(*_along(error, root, leading(product, random.to(root.device), rank)), torch.empty(0))
+    return Factors(*_along(error, root, leading(applied, random.to(root.device), rank)), torch.empty(0))
 
 
 def _along(weight: torch.Tensor, root: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
