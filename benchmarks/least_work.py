@@ -19,7 +19,7 @@ from machine import CHOLESKY, Machine
 
 from calibration.ends import HEAD_TOKENS
 from calibration.gram import has_bfloat16_products
-from calibration.moments import OF_GRADIENTS, moment_bytes
+from calibration.moments import OF_ACTIVATIONS, moment_bytes
 from calibration.roles import CONSUMER
 from calibration.structure import Group, Layer, Linear
 from calibration.sweep import SAMPLES
@@ -73,7 +73,7 @@ def work(plan: Plan) -> dict[str, Work]:
         elif "influence" in recipe.needs:
             found["block influence"] = stages.forward()
         else:
-            found["decomposing"] = stages.forward() + stages.moments(stages.groups) + stages.menus()
+            found["decomposing"] = stages.forward() + stages.moments(stages.groups, stages.tokens, 0) + stages.menus()
         if "sensitivity" in reads:
             found["searching"] = stages.searching()
     if recipe.walks:
@@ -134,10 +134,22 @@ class _Stages:
         return Work(reads=self.tokens + size if self.tokens else 0)
 
     def forward(self) -> Work:
-        """Every layer once over all tokens; each layer's input is a file: memory does not grow with tokens."""
+        """Every layer once over all tokens; each layer's input is a file: memory does not grow with tokens.
+
+        Of tokens that will not go backward the moments of activations are made on the way, and are files too.
+        """
         layers = self.structure.layers
         states = self.tokens * self.state * len(layers)
-        return self.layers(layers, self.tokens) + Work(self.decoder + self.front + states, states)
+        work = self.layers(layers, self.tokens) + Work(self.decoder + self.front + states, states)
+        if self.recipe.backward and self.gradient_tokens < self.tokens:
+            work += self.moments(self.groups, self.tokens - self.gradient_tokens, 0) + Work(writes=self.kept_sums())
+        return work
+
+    def kept_sums(self) -> float:
+        """Bytes of the sums that a forward pass keeps for the backward one."""
+        return torch.float32.itemsize * sum(
+            self.summed(group, self.recipe.needs & OF_ACTIVATIONS) for group in self.groups
+        )
 
     def loss_gradient(self) -> Work:
         """The head there and back over the tokens that go backward: logits, and the gradient at its input."""
@@ -145,7 +157,7 @@ class _Stages:
         return self.run(2.0 * self.head, self.gradient_tokens) + Work(self.back + states, states)
 
     def backward(self) -> Work:
-        """Every layer's forward again (its activations are not kept), the gradient at each linear's input, and all moments.
+        """Every layer's forward again (its activations are not kept), the gradient at each linear's input, and the moments.
 
         No gradient of a weight is made; attention takes two products for each of its own on the way back.
         """
@@ -154,17 +166,19 @@ class _Stages:
         back = self.run(weights, self.gradient_tokens)
         for _ in range(2):
             back += self.attention(layers, self.gradient_tokens)
-        states, gradients = (tokens * self.state * len(layers) for tokens in (self.tokens, self.gradient_tokens))
-        disk = Work(self.decoder + states + gradients, gradients)
-        return self.layers(layers, self.tokens) + back + self.moments(self.groups) + disk
+        tokens = self.gradient_tokens
+        states = tokens * self.state * len(layers)
+        sums = self.kept_sums() if tokens < self.tokens else 0.0
+        disk = Work(self.decoder + 2.0 * states + sums, states)
+        return self.layers(layers, tokens) + back + self.moments(self.groups, tokens, tokens) + disk
 
-    def moments(self, groups: Iterable[Group]) -> Work:
+    def moments(self, groups: Iterable[Group], tokens: float, gradient_tokens: float) -> Work:
         """Every number that is summed takes a multiplication and an addition a token, and half of a symmetric matrix is enough."""
         total = Work()
         for group in groups:
-            forward = self.summed(group, self.recipe.needs - OF_GRADIENTS)
+            forward = self.summed(group, self.recipe.needs & OF_ACTIVATIONS)
             gradients = self.summed(group, self.recipe.needs) - forward
-            total += _flops(**{self.kind: self.tokens * forward + self.gradient_tokens * gradients})
+            total += _flops(**{self.kind: tokens * forward + gradient_tokens * gradients})
         return total
 
     def summed(self, group: Group, needs: frozenset[str]) -> float:
@@ -302,7 +316,7 @@ class _Stages:
         for group in self.groups:
             planned = {item: self.plan.spec(item) for item in group.linears}
             if not ready and any(planned.values()):
-                total += self.moments([group])
+                total += self.moments([group], self.tokens, 0)
             if not ready and any(spec and spec.weight for spec in planned.values()):
                 total += self.shared_root(group)
             for linear, spec in planned.items():

@@ -77,7 +77,7 @@ def collect(options: argparse.Namespace) -> None:
     for layer in structure.layers:
         if not sweep.path(layer.index + 1).exists():
             with opened(source, layer) as open_layer:
-                sweep.advance(open_layer)
+                sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, recipe.gradient_windows)
     sweep.start_backward(recipe.gradient_windows, recipe.fisher, recipe.seed)
     for layer in reversed(structure.layers):
         target = RESULTS / f"{layer.index}.safetensors"

@@ -23,6 +23,8 @@ from checkpoint.device import CPU
 
 # what is needed of the loss gradient, besides samples
 OF_GRADIENTS = frozenset({"gradient", "output_gradient", "row_fisher", "weighted"})
+# what is known of a linear's activations, without going backward
+OF_ACTIVATIONS = frozenset({"second", "input", "mean_absolute", "mean", "mean_square"})
 PART = 256  # columns of a moment that are float64 at a time
 AT_A_TIME = 1 << 20  # numbers that are made float32, where nothing is kept of them: more would be new memory every time
 TINY = torch.finfo(torch.float32).tiny
@@ -229,6 +231,26 @@ class GroupCollector:
     def reads_inputs_alone(self) -> bool:
         """Whether everything is known once the group's first linear is about to run."""
         return not self._outputs and not self._watched and not self._pulled
+
+    def sums_of_activations(self) -> dict[str, torch.Tensor]:
+        """What has been summed so far without going backward, by the name of the group's first linear, or of a linear, and what it is."""
+        shared = {"counts": torch.tensor([self._tokens, self._power], dtype=torch.float64)}
+        shared |= {name: total for name, (_, total) in self._of_channels.items()}
+        shared |= {} if self._input is None else {"input": self._input}
+        found = {f"{self._first}.{name}": total for name, total in shared.items()}
+        return found | {f"{name}.output": total for name, total in self._outputs.items()}
+
+    def add_sums(self, sums: Mapping[str, torch.Tensor]) -> None:
+        """Add what another collector of these linears has summed; there may be other linears' in ``sums`` too."""
+        for name, total in self.sums_of_activations().items():
+            total += sums[name].to(total.device)
+            if name == f"{self._first}.counts":
+                self._tokens, self._power = int(total[0]), float(total[1])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears of the group."""
+        return tuple(self._sizes)
 
     def hooks(self, modules: dict[str, torch.nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
         """Register on the group's modules; the caller removes the handles."""

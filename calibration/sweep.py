@@ -9,26 +9,38 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from calibration.experts import lent
 from calibration.finished import Finished
 from calibration.gram import across, add_gram, exact_bfloat16_products
-from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
-from calibration.moments import Cross, GroupCollector, Moments, module_weight
+from calibration.labels import (
+    AtLogits,
+    logit_tokens,
+    loss_gradient,
+    next_tokens,
+    of_labels,
+    random_bits,
+    sample,
+    signs,
+    uniforms,
+)
+from calibration.moments import OF_ACTIVATIONS, Cross, GroupCollector, Moments, module_weight
 from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
 from calibration.structure import Group, Linear, Stop, Structure
 from calibration.windows import Windows
 from checkpoint import processes
-from checkpoint.files import fsync_directory
+from checkpoint.files import fsync_directory, publish
 from checkpoint.source import Source
+from checkpoint.tensorfile import write_tensors
 
 SAMPLES = 4096  # tokens of which a linear's own inputs and gradients are kept while its layer is open
 
@@ -74,21 +86,18 @@ class Sweep:
         With ``advance`` the layer's output is stored as the next layer's input in the same pass; without,
         each pass stops as soon as everything has been seen.
         """
-        collectors, handles = self._collectors(open_layer, linears, needs)
-        if not advance and all(collector.reads_inputs_alone for collector in collectors):
-            (group,) = (group for group in open_layer.layer.groups if linears[-1] in group.linears)
-            first = open_layer.linear(group.linears[0].local)
-            handles.append(first.register_forward_pre_hook(_stop))
-        elif not advance:
-            handles.append(open_layer.linear(linears[-1].local).register_forward_hook(_stop))
-        try:
+        collectors = self._collectors(open_layer, linears, needs)
+        with _watching(open_layer, collectors) as stack:
             if advance:
                 self.advance(open_layer)
             else:
+                if all(collector.reads_inputs_alone for collector in collectors):
+                    (group,) = (group for group in open_layer.layer.groups if linears[-1] in group.linears)
+                    last = open_layer.linear(group.linears[0].local).register_forward_pre_hook(_stop)
+                else:
+                    last = open_layer.linear(linears[-1].local).register_forward_hook(_stop)
+                stack.callback(last.remove)
                 self._read_through(open_layer)
-        finally:
-            for handle in handles:
-                handle.remove()
         return self._moments(open_layer, collectors, 0)
 
     def collect_cross(
@@ -154,19 +163,15 @@ class Sweep:
         needs: frozenset[str],
         samples: int = 0,
         batches: range = range(0),
-    ) -> tuple[list[GroupCollector], list[torch.utils.hooks.RemovableHandle]]:
-        """A collector for each group that some of the linears are of, and the hooks that feed them."""
+    ) -> list[GroupCollector]:
+        """A collector for each group that some of the linears are of."""
         collectors: list[GroupCollector] = []
-        handles: list[torch.utils.hooks.RemovableHandle] = []
         names = {item.local for item in linears}
         for group in open_layer.layer.groups:
             sizes = {item.local: (item.d_out, item.d_in) for item in group.linears}
-            wanted = [name for name in sizes if name in names]
-            if not wanted:
-                continue
-            collectors.append(GroupCollector(sizes, wanted, needs, samples, batches, self.source.device))
-            handles += collectors[-1].hooks({item.local: open_layer.linear(item.local) for item in group.linears})
-        return collectors, handles
+            if wanted := [name for name in sizes if name in names]:
+                collectors.append(GroupCollector(sizes, wanted, needs, samples, batches, self.source.device))
+        return collectors
 
     def finished(self, open_layer: OpenLayer) -> Finished:
         """What later passes over the layer need not compute again: in ``passing`` of it, this sweep's passes do not."""
@@ -179,6 +184,41 @@ class Sweep:
             self._produce(
                 self.path(index + 1), lambda first, count: self.replay.run_layer(index, states.read(first, count))
             )
+
+    def advance_and_sum(
+        self, open_layer: OpenLayer, rounds: Sequence[Sequence[Linear]], needs: frozenset[str], windows: int
+    ) -> None:
+        """``advance``, and store what the windows after the first ``windows`` add to the moments of activations.
+
+        Those do not go backward, and ``collect_backward`` need not run them again. The linears of each of ``rounds`` are summed in
+        a pass of their own, the last in the one that advances.
+        """
+        index, own = open_layer.layer.index, self._own(windows)
+        before, after = self._batches(0, own), list(self._batches(own, len(self.ids)))
+        if not after:
+            self.advance(open_layer)
+            return
+        with self._open(self.path(index)) as states:
+            for number, linears in enumerate(rounds):
+                collectors = self._collectors(open_layer, linears, needs & OF_ACTIVATIONS)
+
+                def run(first: int, count: int, collectors: Sequence[GroupCollector] = collectors) -> torch.Tensor:
+                    with _watching(open_layer, collectors if first >= own else ()):
+                        return self.replay.run_layer(index, states.read(first, count))
+
+                def store(number: int = number, collectors: Sequence[GroupCollector] = collectors) -> None:
+                    sums = {name: one.cpu() for each in collectors for name, one in each.sums_of_activations().items()}
+                    path = self._directory / f"{_sums(index)}{number}"
+                    write_tensors(path.with_suffix(".tmp"), sums, {})
+                    publish(path.with_suffix(".tmp"), path)
+
+                if linears is rounds[-1]:
+                    self._produce(self.path(index + 1), run, [*before, *after], store)
+                else:
+                    with torch.no_grad():
+                        for first, count in after:
+                            run(first, count)
+                    store()
 
     def vary(self, open_layer: OpenLayer, base: Sweep, variants: Iterable[Mapping[str, nn.Module]]) -> None:
         """Write the next layer's input with the layer run on ``base``'s states once a variant, one after the other.
@@ -242,9 +282,11 @@ class Sweep:
                 yield states.read(first, count)
 
     def forget(self, index: int) -> None:
-        """Delete the stored input of layer ``index``, and the gradient at it."""
+        """Delete the stored input of layer ``index``, the gradient at it, and the sums of the layer that gave it."""
         self.path(index).unlink(missing_ok=True)
         self.gradient_path(index).unlink(missing_ok=True)
+        for path in self._directory.glob(f"{_sums(index - 1)}*"):
+            path.unlink()
 
     def gradient_path(self, index: int) -> Path:
         """The file of the loss gradient at layer ``index``'s input (after the last layer: at its output)."""
@@ -253,29 +295,34 @@ class Sweep:
     def start_backward(self, windows: int, fisher: str, seed: int) -> None:
         """Write the loss gradient at the last layer's output for the first ``windows`` windows, unless it is there.
 
-        ``fisher`` is ``sampled`` (labels drawn from the model per seed, window and position) or ``empirical``.
+        ``fisher`` is ``rademacher`` (random signs), ``sampled`` (labels drawn from the model) or ``empirical`` (the text's own):
+        calibration/labels.py. What is random is so per seed, window and position.
         """
         index = len(self.structure.layers)
         if self.gradient_path(index).exists():
             return
-        length = self.ids.shape[1]
+        length, vocabulary = self.ids.shape[1], self.source.config.get_text_config().vocab_size
 
-        def labels(window: int) -> Labels:
+        def at_logits(window: int) -> AtLogits:
             if fisher == "empirical":
                 following = next_tokens(self.ids[window]).to(self.source.device)
-                return lambda _, first, last: following[first:last]
-            drawn = uniforms(seed, int(self.numbers[window]), length)
-            return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
+                return of_labels(lambda _, first, last: following[first:last])
+            number = int(self.numbers[window])
+            if fisher == "rademacher":
+                return signs(random_bits(seed, number, length, vocabulary))
+            drawn = uniforms(seed, number, length)
+            return of_labels(lambda probabilities, first, last: sample(probabilities, drawn[first:last]))
 
         with self.source.loaded(self.structure.back), self._open(self.path(index)) as states:
 
             def gradients(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count)
-                vocabulary = self.source.config.get_text_config().vocab_size
-                rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
-                return torch.stack(rows)
+                head = self.replay.head
+                return torch.stack(
+                    [loss_gradient(head, hidden[i], at_logits(first + i), vocabulary) for i in range(count)]
+                )
 
-            self._produce(self.gradient_path(index), gradients, self._own(windows))
+            self._produce(self.gradient_path(index), gradients, list(self._batches(0, self._own(windows))))
 
     def collect_backward(
         self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], windows: int
@@ -284,15 +331,16 @@ class Sweep:
 
         The gradient at the layer's input is stored, the same by every pass over the layer.
 
-        The first ``windows`` windows go backward; the others only add to the moments of the activations.
+        The first ``windows`` windows go backward; what the others add to the moments of activations was stored by
+        ``advance_and_sum``.
         """
         index, own = open_layer.layer.index, self._own(windows)
         batches = -(-windows // self._micro_batch)
         mine = range(processes.index(), batches, processes.count())
-        collectors, handles = self._collectors(open_layer, linears, needs, -(-SAMPLES // batches), mine)
-        with ExitStack() as stack:
-            for handle in handles:
-                stack.callback(handle.remove)
+        collectors = self._collectors(open_layer, linears, needs, -(-SAMPLES // batches), mine)
+        if own < len(self.ids):
+            self._add_stored(index, collectors)
+        with _watching(open_layer, collectors) as stack:
             states = stack.enter_context(self._open(self.path(index)))
             above = stack.enter_context(self._open(self.gradient_path(index + 1), own))
 
@@ -302,11 +350,18 @@ class Sweep:
                     output = self.replay.run_layer(index, hidden)
                 return torch.autograd.grad(output, hidden, above.read(first, count))[0]
 
-            self._produce(self.gradient_path(index), backward, own)
-            with torch.no_grad():
-                for first, count in self._batches(own, len(self.ids)):
-                    self.replay.run_layer(index, states.read(first, count))
+            self._produce(self.gradient_path(index), backward, list(self._batches(0, own)))
         return self._moments(open_layer, collectors, windows * self.ids.shape[1])
+
+    def _add_stored(self, index: int, collectors: Sequence[GroupCollector]) -> None:
+        """Add the sums that ``advance_and_sum`` stored; they are spread over files by its rounds, of which there may have been others."""
+        found: dict[str, torch.Tensor] = {}
+        wanted = {name for collector in collectors for name in collector.sums_of_activations()}
+        for path in self._directory.glob(f"{_sums(index)}*"):
+            with safe_open(path, framework="pt") as handle:
+                found |= {name: handle.get_tensor(name) for name in wanted & set(handle.keys())}
+        for collector in collectors:
+            collector.add_sums(found)
 
     def _moments(
         self, open_layer: OpenLayer, collectors: Sequence[GroupCollector], gradient_tokens: int
@@ -342,20 +397,43 @@ class Sweep:
         width = path.stat().st_size // (windows * length * dtype.itemsize)
         return HiddenStates(path, windows, length, width, dtype, device=self.source.device)
 
-    def _produce(self, path: Path, make: Callable[[int, int], torch.Tensor], windows: int | None = None) -> None:
-        """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; the name comes last."""
-        windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
+    def _produce(
+        self,
+        path: Path,
+        make: Callable[[int, int], torch.Tensor],
+        batches: Sequence[tuple[int, int]] | None = None,
+        store: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; then ``store``; the name comes last."""
+        batches = list(self._batches(0, len(self.ids))) if batches is None else batches
+        windows, length, dtype = sum(batches[-1]), self.ids.shape[1], self.source.compute_dtype
         temporary = path.with_suffix(".tmp")
         with torch.no_grad(), ExitStack() as stack:
             states = None
-            for first, count in self._batches(0, windows):
+            for first, count in batches:
                 made = make(first, count)
                 if states is None:
                     states = HiddenStates(temporary, windows, length, made.shape[-1], dtype, write=True)
                     stack.enter_context(states)
                 states.write(first, made)
+        store()
         os.replace(temporary, path)
         fsync_directory(self._directory)
+
+
+@contextmanager
+def _watching(open_layer: OpenLayer, collectors: Iterable[GroupCollector]) -> Iterator[ExitStack]:
+    """While the collectors see what the layer does."""
+    with ExitStack() as stack:
+        for collector in collectors:
+            for handle in collector.hooks({name: open_layer.linear(name) for name in collector.names}):
+                stack.callback(handle.remove)
+        yield stack
+
+
+def _sums(index: int) -> str:
+    """What the names of the files begin with that hold sums of layer ``index``."""
+    return f"sums-{index:04d}-"
 
 
 def _stop(*_: Any) -> None:

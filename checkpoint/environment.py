@@ -21,6 +21,7 @@ OPENBLAS_IS_WIDER = _openblas_is_wider()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # threads that spin while they wait make everything several times slower as soon as a core has other work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but to sleep and be woken takes longer than to wait a microsecond
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # 2^4 cycles: the least that it takes
 if OPENBLAS_IS_WIDER:
     # processors newer than it knows it takes for ones without AVX-512

@@ -355,8 +355,8 @@ def stacked_names(module: Any) -> list[str]:
 
 def even_rows(rows: torch.Tensor) -> torch.Tensor:
     """Rows of zeros after ``(n, d)``, so that few numbers of rows occur: oneDNN makes a kernel for each, and never lets go of it."""
-    step = 128 if len(rows) > 128 else 16
-    return nn.functional.pad(rows, (0, 0, 0, -len(rows) % step)) if len(rows) > 8 else rows
+    missing = -len(rows) % (128 if len(rows) > 128 else 16)
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing and len(rows) > 8 else rows  # by none it would copy
 
 
 class ExpertLinear(nn.Linear):

@@ -167,7 +167,8 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
             for layer in layers:
                 if not sweep.path(layer.index + 1).exists():
                     with opened(plan.source, layer) as open_layer:
-                        sweep.advance(open_layer)
+                        rounds = in_passes(layer, recipe, plan.passes)
+                        sweep.advance_and_sum(open_layer, rounds, recipe.needs, recipe.gradient_windows)
                 forward.step()
         else:  # some layers were recorded: the forward pass was complete then
             forward.step(len(layers))

@@ -12,14 +12,14 @@ from calibration.structure import Linear, Structure
 from checkpoint.source import Source
 from compress.allocations import ALLOCATIONS
 from compress.allocations.sensitivity import RATIOS
-from compress.footprint import Footprint, footprints, record_bytes
+from compress.footprint import Footprint, footprints, kept_sums, record_bytes
 from compress.quantizers import QUANTIZERS
 from compress.quantizers.two_sided import grids_together, rows_together
 from compress.recipe import Recipe
 from compress.sizes import Sizes
 
 COLUMN_SECONDS, SEARCH_SECONDS = 5e-5, 4e-8  # a step of a rounding; the scale of a weight: measured
-BACKWARD_PASSES = 4.0  # forward; forward again, and the gradients of inputs and outputs
+BACKWARD_PASSES = 3.0  # of tokens that go backward: forward again, and the gradients of inputs and outputs
 SEQUENTIAL_PASSES = 3.5  # each group stops its pass where it has run; then the whole layer once
 
 
@@ -46,6 +46,8 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
     # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
     # (and what attention gave, where it is passed over again and again)
     hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 3 if recipe.walks else 2)
+    if backward:  # and the sums over what does not go backward
+        hidden += sum(sum(kept_sums(group, recipe).values()) for layer in structure.layers for group in layer.groups)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another
         variants = len(RATIOS) * max(len(layer.linears) for layer in structure.layers)
         hidden += 2 * variants * min(recipe.search_tokens, tokens) * width * itemsize
@@ -60,8 +62,10 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
 
 def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int, over_a_layer: int) -> float:
     backward = recipe.backward
-    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else over_a_layer * (BACKWARD_PASSES if backward else 1.0)
-    flops = 2.0 * tokens * passes * sum(linear.d_in * linear.d_out * linear.share for linear in structure.linears)
+    gradient_tokens = min(tokens, recipe.gradient_tokens) if backward else 0
+    passes = SEQUENTIAL_PASSES if recipe.mode == "sequential" else over_a_layer
+    rows = passes * tokens + over_a_layer * BACKWARD_PASSES * gradient_tokens
+    flops = 2.0 * rows * sum(linear.d_in * linear.d_out * linear.share for linear in structure.linears)
     squares = sum(
         group.linears[0].share * min(group.linears[0].d_in, group.linears[0].d_out) ** 2
         for layer in structure.layers
@@ -77,8 +81,8 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int, 
         # the errors of every column go to all later ones, on every grid
         solving += sum(len(recipe.storage.grids) * linear.d_out * linear.d_in**2 for linear in structure.linears)
         sides = sum(group.linears[0].d_in ** 2 for layer in structure.layers for group in layer.groups)
-        sides += sum(linear.d_out**2 for linear in structure.linears) if backward else 0
         flops += 1.0 * tokens * sides  # half of a product: symmetric
+        flops += 1.0 * gradient_tokens * sum(linear.d_out**2 for linear in structure.linears)
     reading = 3 * source.nbytes / 1e9
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:
         # every variant of a layer's linears goes through the layers behind it, and through the head
@@ -89,7 +93,7 @@ def _seconds(source: Source, structure: Structure, recipe: Recipe, tokens: int, 
         reading += depth / 2 * source.nbytes / 1e9
     return (
         flops / _flops_per_second(source.compute_dtype)
-        + 2.0 * tokens * squares * (2 if backward else 1) / _flops_per_second(torch.float32)
+        + 2.0 * (tokens + gradient_tokens) * squares / _flops_per_second(torch.float32)
         + solving / _flops_per_second(torch.float64)
         + quantizing
         + reading

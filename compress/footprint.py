@@ -17,7 +17,7 @@ from calibration import attention
 from calibration.ends import END_ROWS
 from calibration.gram import ROWS as GRAM_ROWS
 from calibration.labels import logit_tokens
-from calibration.moments import moment_bytes
+from calibration.moments import OF_ACTIVATIONS, moment_bytes
 from calibration.roles import ENDS
 from calibration.structure import Group, Layer, Linear, Structure
 from calibration.sweep import SAMPLES
@@ -75,7 +75,7 @@ def footprints(source: Source, structure: Structure, recipe: Recipe, passes: int
     reads = ALLOCATIONS[recipe.allocation].reads
     if recipe.mode == "one-shot" or reads:
         if recipe.backward:
-            found += [shapes.through("forward", collects=False), shapes.loss_gradient(), shapes.backward()]
+            found += [shapes.forward(), shapes.loss_gradient(), shapes.backward()]
             found += [shapes.ends()] if recipe.packs_ends else []
         else:
             influence = "influence" in recipe.needs
@@ -156,6 +156,14 @@ def _together(layer: Layer) -> list[tuple[Linear, ...]]:
     return found
 
 
+def kept_sums(group: Group, recipe: Recipe) -> dict[str, int]:
+    """Bytes of the sums of a group's activations that a forward pass keeps for the backward one, as ``_moments`` has them."""
+    if recipe.gradient_windows >= recipe.windows:
+        return {"": 0, **{linear.local: 0 for linear in group.linears}}
+    sizes = {linear.local: (linear.d_out, linear.d_in) for linear in group.linears}
+    return moment_bytes(sizes, recipe.needs & OF_ACTIVATIONS, 0, 0)
+
+
 def _moments(group: Group, recipe: Recipe, itemsize: int) -> dict[str, int]:
     """Bytes of the moments and samples of a group: of all (``""``), and of each linear's own by its name."""
     sizes = {linear.local: (linear.d_out, linear.d_in) for linear in group.linears}
@@ -230,6 +238,25 @@ class _Shapes:
                 found += self.collecting(stage, layer, weights, backward=False)
         return _largest(found)
 
+    def forward(self) -> Footprint:
+        """Layer by layer forward, where a backward pass follows: sums of what does not go backward are made on the way."""
+        found = [self.through("forward", collects=False)]
+        for layer in self.structure.layers:
+            for linears in in_passes(layer, self.recipe, self.passes):
+                groups = [group for group in layer.groups if set(group.linears) & set(linears)]
+                names = {"", *(linear.local for linear in linears)}
+                kept = [
+                    size for group in groups for name, size in kept_sums(group, self.recipe).items() if name in names
+                ]
+                parts = {"weights": self.weights([layer.path]), "moments": sum(kept)}
+                parts["activations"] = self.activations(layer, False) + bool(sum(kept)) * self.converted(layer)
+                found.append(Footprint("forward", layer.path, parts))
+        return _largest(found)
+
+    def converted(self, layer: Layer) -> int:
+        """Of rows in float32, to be summed."""
+        return 2 * SINGLE * GRAM_ROWS * max(max(linear.d_in, linear.d_out) for linear in layer.linears)
+
     def loss_gradient(self) -> Footprint:
         """The head on a chunk of tokens, forward and backward."""
         weights = self.weights(self.structure.back)
@@ -255,8 +282,7 @@ class _Shapes:
         rounds = in_passes(layer, recipe, self.passes)
         if stage == "walking" and recipe.mode != "layerwise":
             rounds = [group.linears for group in layer.groups]
-        widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
-        summing = self.activations(layer, backward) + 2 * SINGLE * GRAM_ROWS * widest
+        summing = self.activations(layer, backward) + self.converted(layer)
         for linears in rounds:
             held = {group: self.held(group, linears) for group in layer.groups if set(group.linears) & set(linears)}
             moments = sum(sum(sizes.values()) for sizes in held.values())

@@ -101,7 +101,7 @@ def moments(model: Path, directory: Path) -> dict[str, Any]:
     sweep.embed()
     for layer in structure.layers:
         with opened(source, layer) as open_layer:
-            sweep.advance(open_layer)
+            sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, 5)
     sweep.start_backward(5, "sampled", 0)
     with opened(source, structure.layers[-1]) as open_layer:
         found = sweep.collect_backward(open_layer, structure.layers[-1].linears, NEEDS, 5)

@@ -37,10 +37,12 @@ def two_sided(weight: torch.Tensor, moments: Moments, rank: int, damping: float)
     full = kronecker(weight, moments, min(weight.shape), damping)
     if moments.input_samples is None or moments.gradient_samples is None:
         raise ValueError("samples of inputs and gradients are needed")
-    a, b = full.a.float(), full.b.float().T
+    # in the samples' own dtype: what rounding does to a direction is nothing beside how much the tokens differ
+    a, b = full.a.to(moments.gradient_samples.dtype), full.b.T.to(moments.input_samples.dtype)
     power = torch.zeros(b.shape[1], dtype=torch.float64, device=b.device)
     for x, g in sample_batches(moments.input_samples, moments.gradient_samples):
-        power += (product(g.float(), a).square_() * product(x.float(), b).square_()).sum(0, dtype=torch.float64)
+        along, back = product(x, b).float(), product(g, a).float()
+        power += along.square_().mul_(back.square_()).sum(0, dtype=torch.float64)
     return Factors(full.a[:, :rank], full.b[:rank], tails(power / len(moments.input_samples), rank) / 2)
 
 
