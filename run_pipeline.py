@@ -74,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--calibration-tokens", type=int, metavar="N", help="how many tokens (65536)")
     text.add_argument("--sequence-length", type=int, metavar="L", help="tokens per window (512)")
     text.add_argument(
-        "--fisher",
-        choices=CHOICES["fisher"],
-        help="what goes backward: random signs, or the loss of labels drawn from the model, or of the text's",
+        "--fisher", choices=CHOICES["fisher"], help="labels of the loss gradient: drawn from the model, or the text's"
     )
     text.add_argument(
         "--search-tokens", type=int, metavar="N", help="how many of them a sensitivity search runs on (4096)"

@@ -21,17 +21,7 @@ from torch import nn
 from calibration.experts import lent
 from calibration.finished import Finished
 from calibration.gram import across, add_gram, exact_bfloat16_products
-from calibration.labels import (
-    AtLogits,
-    logit_tokens,
-    loss_gradient,
-    next_tokens,
-    of_labels,
-    random_bits,
-    sample,
-    signs,
-    uniforms,
-)
+from calibration.labels import Labels, logit_tokens, loss_gradient, next_tokens, sample, uniforms
 from calibration.moments import OF_ACTIVATIONS, Cross, GroupCollector, Moments, module_weight
 from calibration.replay import OpenLayer, Replay
 from calibration.store import HiddenStates
@@ -295,32 +285,26 @@ class Sweep:
     def start_backward(self, windows: int, fisher: str, seed: int) -> None:
         """Write the loss gradient at the last layer's output for the first ``windows`` windows, unless it is there.
 
-        ``fisher`` is ``rademacher`` (random signs), ``sampled`` (labels drawn from the model) or ``empirical`` (the text's own):
-        calibration/labels.py. What is random is so per seed, window and position.
+        ``fisher`` is ``sampled`` (labels drawn from the model per seed, window and position) or ``empirical``.
         """
         index = len(self.structure.layers)
         if self.gradient_path(index).exists():
             return
         length, vocabulary = self.ids.shape[1], self.source.config.get_text_config().vocab_size
 
-        def at_logits(window: int) -> AtLogits:
+        def labels(window: int) -> Labels:
             if fisher == "empirical":
                 following = next_tokens(self.ids[window]).to(self.source.device)
-                return of_labels(lambda _, first, last: following[first:last])
-            number = int(self.numbers[window])
-            if fisher == "rademacher":
-                return signs(random_bits(seed, number, length, vocabulary))
-            drawn = uniforms(seed, number, length)
-            return of_labels(lambda probabilities, first, last: sample(probabilities, drawn[first:last]))
+                return lambda _, first, last: following[first:last]
+            drawn = uniforms(seed, int(self.numbers[window]), length)
+            return lambda probabilities, first, last: sample(probabilities, drawn[first:last])
 
         with self.source.loaded(self.structure.back), self._open(self.path(index)) as states:
 
             def gradients(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count)
-                head = self.replay.head
-                return torch.stack(
-                    [loss_gradient(head, hidden[i], at_logits(first + i), vocabulary) for i in range(count)]
-                )
+                rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
+                return torch.stack(rows)
 
             self._produce(self.gradient_path(index), gradients, list(self._batches(0, self._own(windows))))
 

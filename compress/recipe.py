@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export": ("factored", "dense", "adapter"),
     "runtime": ("dense", "packed"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "fisher": ("rademacher", "sampled", "empirical"),
+    "fisher": ("sampled", "empirical"),
     "refit": REFITS,
     "quantizer": ("none", *QUANTIZERS),
     "menu": ("low-rank", "packed", "all"),
@@ -55,12 +55,12 @@ class Recipe:
     the part ``least_kept`` of all that scores lowest (LoRAP's rule).
 
     ``form`` is how a product is stored: two factors, or some of its rows and the coefficients of the others. ``damping``
-    is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says what goes backward from the
-    logits (random signs through a root of the Fisher information, or the gradient of labels: drawn from the model, or the text's
-    own), and it does for at most ``gradient_tokens`` of the calibration tokens; ``micro_batch_tokens`` run through a layer at a
-    time; a sensitivity search measures on the first ``search_tokens``; ``refit`` refits each outer factor on the compressed model's
-    inputs, ``refit_ridge`` holding it to what it was; ``calibration`` is a file, a dataset or ``offline``, or several by comma
-    (each an equal share); ``evaluate`` is a preset, tasks, or ``none``.
+    is the multiple of the mean input power added to the second moment's diagonal; ``fisher`` says whose labels the loss
+    gradient is of (drawn from the model, or the text's own), and at most ``gradient_tokens`` of the calibration tokens go
+    backward; ``micro_batch_tokens`` run through a layer at a time; a sensitivity search measures on the first
+    ``search_tokens``; ``refit`` refits each outer factor on the compressed model's inputs, ``refit_ridge`` holding it to
+    what it was; ``calibration`` is a file, a dataset or ``offline``, or several by comma (each an equal share);
+    ``evaluate`` is a preset, tasks, or ``none``.
 
     ``menu`` says what a linear may become: a product of low rank, packed integers (by ``quantizer``, on grids of each of ``bits`` and
     each ``group_size``, 0 being a row), or either. The decomposition then makes up for the quantization error with each

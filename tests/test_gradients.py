@@ -10,7 +10,7 @@ import zoo
 from transformers import AutoModelForCausalLM
 
 from calibration.ends import embedding_loss, head_divergence, head_moment
-from calibration.labels import NO_LABEL, next_tokens, random_bits, sample, signs, uniforms
+from calibration.labels import NO_LABEL, next_tokens, sample, uniforms
 from calibration.moments import Moments, module_weight
 from calibration.replay import opened
 from calibration.structure import discover
@@ -57,11 +57,6 @@ def autograd(directory, structure, ids: torch.Tensor, fisher: str):
     for linear in structure.linears:
         model.get_submodule(linear.name).register_forward_hook(lambda _, x, y, name=linear.name: keep(name, x[0], y))
     logits = model(ids, use_cache=False).logits
-    if fisher == "rademacher":
-        bits = [random_bits(SEED, i, LENGTH, logits.shape[-1]) for i in range(len(ids))]
-        above = [signs(bits[i])(logits[i].detach().softmax(-1), 0, LENGTH) for i in range(len(ids))]
-        logits.backward(torch.stack(above))
-        return inputs, {name: y.grad.reshape(-1, y.shape[-1]) for name, y in outputs.items()}
     if fisher == "sampled":
         labels = torch.stack(
             [sample(logits[i].detach().softmax(-1), uniforms(SEED, i, LENGTH)) for i in range(len(ids))]
@@ -78,7 +73,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("fisher", ["rademacher", "sampled", "empirical"])
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 @pytest.mark.parametrize("name", zoo.CONTRACT)
 def test_streamed_gradient_moments_are_those_of_the_whole_model(models, tmp_path, name, fisher):
     structure, moments, ids = streamed(models(name), tmp_path, fisher)
@@ -134,28 +129,6 @@ def test_labels_are_drawn_from_the_model_and_repeat():
     assert torch.allclose(frequencies, torch.softmax(logits[:2], -1), atol=0.01)
     assert torch.equal(uniforms(1, 2, 9), uniforms(1, 2, 9)) and not torch.equal(uniforms(1, 2, 9), uniforms(1, 3, 9))
     assert next_tokens(torch.tensor([4, 5, 6])).tolist() == [5, 6, NO_LABEL]
-
-
-@pytest.mark.parametrize("vocabulary", [5, 64, 70])
-def test_signs_have_the_moment_of_the_fisher_information(vocabulary):
-    """Independent in every position, the same again by seed and window, and not larger where the model is sure."""
-    windows, length = 3000, 2
-    probabilities = (3 * torch.randn(length, vocabulary, generator=torch.Generator().manual_seed(0))).softmax(-1)
-    drawn = torch.stack(
-        [
-            signs(random_bits(SEED, window, length, vocabulary))(probabilities.clone(), 0, length)
-            for window in range(windows)
-        ]
-    ).double()
-    p = probabilities.double()
-    for position in range(length):
-        expected = p[position].diag() - torch.outer(p[position], p[position])
-        found = drawn[:, position].T @ drawn[:, position] / windows
-        assert float((found - expected).abs().max()) < 0.03 * float(expected.max())
-    between = drawn[:, 0].T @ drawn[:, 1] / windows
-    assert float(between.abs().max()) < 0.03 * float(p.max())
-    whole = signs(random_bits(SEED, 1, length, vocabulary))
-    assert torch.equal(whole(probabilities.clone(), 0, length)[1:], whole(probabilities[1:].clone(), 1, length))
 
 
 @pytest.mark.parametrize("vocabulary", [5, 256, 700, 1024])
