@@ -14,6 +14,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,11 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 KILLED = 99
+HALF = "half-backward.yaml"  # a recipe that sends half of the windows backward
 FAULTS = {"killed": None, "disk full": errno.ENOSPC, "disk error": errno.EIO}
-# recipe -> model and flags: forward, backward, walks, a search, quantized with its ends
+# recipe -> model and flags: forward, backward, backward on half of the windows, walks, a search, quantized with its ends
 RUNS: dict[str, tuple[str, list[str]]] = {
     "svd-llm": ("llama", []),
     "loss-aware": ("gpt2", []),
+    "half backward": ("llama", ["--recipe", f"{{directory}}/{HALF}"]),
     "llm-rom": ("qwen2", []),
     "lorap": ("llama", []),
     "svd-llm refitted": ("llama", ["--recipe", "svd-llm", "--refit", "anchored"]),
@@ -173,8 +176,11 @@ def suite(directory: Path, names: list[str], every: int) -> Iterator[tuple[str, 
     torch.set_num_threads(1)  # a forked child has no threads but its own
     children.run_check = check_in_this_process
     text = zoo.write_text(directory / "text.txt", 3000)
+    recipe = (ROOT / "configs" / "loss-aware.yaml").read_text(encoding="utf-8")
+    (directory / HALF).write_text(re.sub("gradient_tokens: .*", "gradient_tokens: 128", recipe), encoding="utf-8")
     for name in names:
-        architecture, more = RUNS[name]
+        architecture, given = RUNS[name]
+        more = [item.format(directory=directory) for item in given]
         model = directory / f"model-{architecture}"
         if not model.exists():
             if not (pid := os.fork()):

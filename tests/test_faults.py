@@ -20,7 +20,9 @@ from checkpoint.memory import out_of_memory
 from checkpoint.workdir import WorkDirectory
 
 
-@pytest.mark.parametrize(("run", "every"), [("loss-aware", 83), ("quantized", 131), ("llm-rom", 89)])
+@pytest.mark.parametrize(
+    ("run", "every"), [("loss-aware", 83), ("half backward", 97), ("quantized", 131), ("llm-rom", 89)]
+)
 def test_faults_at_some_operations(run, every):
     """The short form of benchmarks/faults.py, which takes every operation and more kinds of runs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--runs", run, "--every", str(every)]
