@@ -14,6 +14,7 @@ import torch
 from checkpoint.environment import OPENBLAS_IS_WIDER
 
 DTYPES = (torch.float32, torch.float64)
+PIECE = 1 << 22  # numbers of a product that is to be subtracted
 
 
 def _by_numpy(matrix: torch.Tensor) -> bool:
@@ -25,6 +26,16 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _by_numpy(a):
         return torch.from_numpy(a.numpy() @ b.numpy())
     return a @ b
+
+
+def subtract_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total -= a @ b``, in place; ``total`` ``(m, n)``, ``a`` ``(m, k)`` and ``b`` ``(k, n)`` of one dtype, without gradients."""
+    if not _by_numpy(a):
+        total.addmm_(a, b, alpha=-1.0)
+        return
+    step = max(1, PIECE // max(1, total.shape[1]))  # numpy has no product that adds: some rows' is there besides
+    for first in range(0, len(total), step):
+        total[first : first + step] -= product(a[first : first + step], b)
 
 
 def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from calibration import products
 from calibration.moments import AT_A_TIME, squared_lengths
-from calibration.products import eigenvectors, product
+from calibration.products import eigenvectors, product, subtract_product
 
 
 @pytest.fixture(params=[True, False], ids=["openblas", "torch"])
@@ -39,6 +39,19 @@ def test_product_is_new() -> None:
     before = a.clone(), b.clone()
     product(a, b).add_(1)
     assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("piece", [1, 20, products.PIECE])  # numbers: a row at a time, two, all
+def test_a_product_is_subtracted_in_place(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "PIECE", piece)
+    total, a, b = random(7, 9), random(12, 7), random(12, 9)
+    expected = total[2:].clone() - a.T[2:] @ b
+    whole = total.clone()
+    subtract_product(whole[2:], a.T[2:], b)
+    torch.testing.assert_close(whole[2:], expected)
+    assert torch.equal(whole[:2], total[:2])
+    subtract_product(whole[7:], a.T[7:], b)  # of no rows
 
 
 @pytest.mark.usefixtures("library")

@@ -91,8 +91,9 @@ def correction(error: torch.Tensor, moments: Moments, rank: int, damping: float)
     root = torch.linalg.cholesky(_damped(near, near_floor))
 
     def applied(vectors: torch.Tensor) -> torch.Tensor:
-        there = across @ (root @ vectors).float()
-        return root.T @ (across.T @ (far @ there + far_floor * there)).double()
+        there = product(across, product(root, vectors).float())
+        weighted = product(far, there).add_(there, alpha=far_floor)
+        return product(root.T, product(across.T, weighted).double())
 
     random = torch.randn(len(root), rank + MORE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return Factors(*_along(error, root, leading(applied, random.to(root.device), rank)), torch.empty(0))

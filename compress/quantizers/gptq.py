@@ -17,11 +17,13 @@ import numpy
 import torch
 from scipy.linalg.lapack import dpotrf, dtrtri, spotrf, strtri
 
+from calibration.products import subtract_product
 from checkpoint.forms import Grid
 from compress.quantizers.grid import Quantized, find_scales
 from compress.truncation import damping_floor
 
-BLOCK = 128  # columns whose changes to later columns are applied in one product
+# columns whose changes to later columns are applied in one product; and, before that, to those of the same block
+BLOCK, FEW_COLUMNS = 128, 32
 # sides of moments that are factorised in float64; wider ones, of which one would be larger than a layer, in float32 as in the
 # paper's code: damping bounds the condition number
 EXACT = 8192
@@ -89,18 +91,22 @@ class Columns:
             stop = min(start + BLOCK, len(rest))
             levels = rest.new_empty(stop - start, rest.shape[1])
             errors = torch.empty_like(levels)
-            # few operations a column: on so few numbers each costs what it takes to start it
-            for j, level, error in zip(range(start, stop), levels.unbind(), errors.unbind(), strict=True):
-                row, step = rest[j], steps[j]
-                torch.div(row, step, out=level)
-                if shifts is not None:
-                    level.add_(shifts[j])
-                level.round_().clamp_(lowest, highest)
-                value = level if shifts is None else level - shifts[j]
-                torch.addcmul(row, value, step, value=-1.0, out=error).div_(self._pivots[j])
-                rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
+            for near in range(start, stop, FEW_COLUMNS):
+                end = min(near + FEW_COLUMNS, stop)
+                own = slice(near - start, end - start)
+                # few operations a column: on so few numbers each costs what it takes to start it
+                for j, level, error in zip(range(near, end), levels[own].unbind(), errors[own].unbind(), strict=True):
+                    row, step = rest[j], steps[j]
+                    torch.div(row, step, out=level)
+                    if shifts is not None:
+                        level.add_(shifts[j])
+                    level.round_().clamp_(lowest, highest)
+                    value = level if shifts is None else level - shifts[j]
+                    torch.addcmul(row, value, step, value=-1.0, out=error).div_(self._pivots[j])
+                    rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1.0)
+                subtract_product(rest[end:stop], upper[near:end, end:stop].T, errors[own])
             codes[start:stop] = levels
-            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
+            subtract_product(rest[stop:], upper[start:stop, stop:].T, errors)
         placed = torch.empty_like(codes)
         placed[self._order] = codes
         return [part.T.contiguous() for part in placed.split(counts, dim=1)]

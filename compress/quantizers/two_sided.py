@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from calibration.products import subtract_product
 from checkpoint.forms import Grid
 from compress.parallel import FEW, each
 from compress.quantizers.gptq import Columns, Levels, inverse_root
@@ -86,5 +87,5 @@ def _round(weight: torch.Tensor, on: Sequence[Levels], columns: Columns, upper: 
             whole[start:stop] = done
             error = item[start:stop] - levels.quantized(done).dense()
             passed = torch.linalg.solve_triangular(upper[start:stop, start:stop].T, error, upper=False)
-            item[stop:].addmm_(upper[start:stop, stop:].T, passed, alpha=-1.0)
+            subtract_product(item[stop:], upper[start:stop, stop:].T, passed)
     return codes
