@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from calibration.experts import lent
@@ -28,6 +28,7 @@ from calibration.store import HiddenStates
 from calibration.structure import Group, Linear, Stop, Structure
 from calibration.windows import Windows
 from checkpoint import processes
+from checkpoint.errors import UserError
 from checkpoint.files import fsync_directory, publish
 from checkpoint.source import Source
 from checkpoint.tensorfile import write_tensors
@@ -198,7 +199,7 @@ class Sweep:
 
                 def store(number: int = number, collectors: Sequence[GroupCollector] = collectors) -> None:
                     sums = {name: one.cpu() for each in collectors for name, one in each.sums_of_activations().items()}
-                    path = self._directory / f"{_sums(index)}{number}"
+                    path = self._directory / f"{_sums(index)}{number}.safetensors"
                     write_tensors(path.with_suffix(".tmp"), sums, {})
                     publish(path.with_suffix(".tmp"), path)
 
@@ -341,9 +342,12 @@ class Sweep:
         """Add the sums that ``advance_and_sum`` stored; they are spread over files by its rounds, of which there may have been others."""
         found: dict[str, torch.Tensor] = {}
         wanted = {name for collector in collectors for name in collector.sums_of_activations()}
-        for path in self._directory.glob(f"{_sums(index)}*"):
-            with safe_open(path, framework="pt") as handle:
-                found |= {name: handle.get_tensor(name) for name in wanted & set(handle.keys())}
+        for path in self._directory.glob(f"{_sums(index)}*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    found |= {name: handle.get_tensor(name) for name in wanted & set(handle.keys())}
+            except (SafetensorError, OSError) as problem:
+                raise UserError(f"{path} is damaged ({problem}); say --fresh to start again") from problem
         for collector in collectors:
             collector.add_sums(found)
 

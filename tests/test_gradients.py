@@ -16,6 +16,7 @@ from calibration.replay import opened
 from calibration.structure import discover
 from calibration.sweep import Sweep
 from calibration.windows import Windows
+from checkpoint.errors import UserError
 from checkpoint.source import Source
 from compress.methods.two_sided import correction, kronecker, two_sided
 from compress.parts import Factors
@@ -106,6 +107,29 @@ def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path, wind
         assert difference(got.gradient, g.T @ g / len(g)) < 1e-5
         assert difference(got.input, x.T @ x / len(x)) < 1e-5, "of all windows"
         assert got.input_power == pytest.approx(float(x.square().mean()), rel=1e-5)
+
+
+def test_sums_of_a_killed_run_are_passed_over_and_damaged_ones_told(models, tmp_path):
+    source = Source(models("llama"), torch.float32)
+    structure = discover(source)
+    ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / "hidden", BATCH)
+    sweep.embed()
+    for layer in structure.layers:
+        with opened(source, layer) as open_layer:
+            sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, 2)
+    sweep.start_backward(2, "sampled", SEED)
+    last = structure.layers[-1]
+    (kept,) = (tmp_path / "hidden").glob(f"sums-{last.index:04d}-*")
+    kept.with_name(f"sums-{last.index:04d}-7.tmp").write_bytes(b"half of")  # of a run in more rounds
+    with opened(source, last) as open_layer:
+        found = sweep.collect_backward(open_layer, last.linears, NEEDS, 2)
+        assert all(item.tokens == ids.numel() for item in found.values())
+        kept.write_bytes(kept.read_bytes()[:100])
+        with pytest.raises(UserError, match="is damaged.*--fresh"):
+            sweep.collect_backward(open_layer, last.linears, NEEDS, 2)
+    sweep.forget(last.index + 1)
+    assert not list((tmp_path / "hidden").glob(f"sums-{last.index:04d}-*"))
 
 
 def test_bfloat16_statistics_are_near_those_of_float32(models, tmp_path):
