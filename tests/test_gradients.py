@@ -25,16 +25,23 @@ LENGTH, WINDOWS, BATCH, SEED = 24, 6, 4, 7
 NEEDS = frozenset({"second", "gradient", "samples", "weighted", "input", "output_gradient"})
 
 
-def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
-    """Moments of every linear by the streamed sweeps, and the ids."""
+def forwarded(directory, hidden, windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
+    """A model, its structure, the ids, and a sweep that has gone forward; ``windows`` are to go backward."""
     source = Source(directory, dtype, separate_experts=True)
     structure = discover(source)
     ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / f"hidden-{fisher}-{dtype}", BATCH)
+    sweep = Sweep(source, structure, Windows(ids, {}), hidden, BATCH)
     sweep.embed()
     for layer in structure.layers:
         with opened(source, layer) as open_layer:
-            sweep.advance_and_sum(open_layer, [layer.linears[:3], layer.linears[3:]], NEEDS, gradient_windows)
+            sweep.advance_and_sum(open_layer, [layer.linears[:3], layer.linears[3:]], NEEDS, windows)
+    return source, structure, ids, sweep
+
+
+def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, dtype: torch.dtype = torch.float32):
+    """Moments of every linear by the streamed sweeps, and the ids."""
+    hidden = tmp_path / f"hidden-{fisher}-{dtype}"
+    source, structure, ids, sweep = forwarded(directory, hidden, gradient_windows, dtype)
     sweep.start_backward(gradient_windows, fisher, SEED)
     moments: dict[str, Moments] = {}
     for layer in reversed(structure.layers):
@@ -110,17 +117,10 @@ def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path, wind
 
 
 def test_sums_of_a_killed_run_are_passed_over_and_damaged_ones_told(models, tmp_path):
-    source = Source(models("llama"), torch.float32)
-    structure = discover(source)
-    ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / "hidden", BATCH)
-    sweep.embed()
-    for layer in structure.layers:
-        with opened(source, layer) as open_layer:
-            sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, 2)
+    source, structure, ids, sweep = forwarded(models("llama"), tmp_path / "hidden", 2)
     sweep.start_backward(2, "sampled", SEED)
     last = structure.layers[-1]
-    (kept,) = (tmp_path / "hidden").glob(f"sums-{last.index:04d}-*")
+    kept = tmp_path / "hidden" / f"sums-{last.index:04d}-1.safetensors"
     kept.with_name(f"sums-{last.index:04d}-7.tmp").write_bytes(b"half of")  # of a run in more rounds
     with opened(source, last) as open_layer:
         found = sweep.collect_backward(open_layer, last.linears, NEEDS, 2)
@@ -298,14 +298,7 @@ def test_the_corrected_loss_is_the_fisher_of_each_direction(shape):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])  # tied; with a head of its own; a scaled embedding
 def test_losses_of_changed_ends_are_those_of_the_whole_model(models, tmp_path, name):
-    source = Source(models(name), torch.float32)
-    structure = discover(source)
-    ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    sweep = Sweep(source, structure, Windows(ids, {}), tmp_path / "hidden", BATCH)
-    sweep.embed()
-    for layer in structure.layers:
-        with opened(source, layer) as open_layer:
-            sweep.advance(open_layer)
+    source, structure, ids, sweep = forwarded(models(name), tmp_path / "hidden")
     sweep.start_backward(WINDOWS, "empirical", SEED)
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
