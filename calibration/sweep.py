@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from calibration.experts import lent
@@ -28,10 +27,10 @@ from calibration.store import HiddenStates
 from calibration.structure import Group, Linear, Stop, Structure
 from calibration.windows import Windows
 from checkpoint import processes
-from checkpoint.errors import UserError
 from checkpoint.files import fsync_directory, publish
 from checkpoint.source import Source
 from checkpoint.tensorfile import write_tensors
+from checkpoint.workdir import read_record
 
 SAMPLES = 4096  # tokens of which a linear's own inputs and gradients are kept while its layer is open
 
@@ -185,7 +184,7 @@ class Sweep:
         a pass of their own, the last in the one that advances.
         """
         index, own = open_layer.layer.index, self._own(windows)
-        before, after = self._batches(0, own), list(self._batches(own, len(self.ids)))
+        before, after = self._batches(0, own), self._batches(own, len(self.ids))
         if not after:
             self.advance(open_layer)
             return
@@ -204,7 +203,7 @@ class Sweep:
                     publish(path.with_suffix(".tmp"), path)
 
                 if linears is rounds[-1]:
-                    self._produce(self.path(index + 1), run, [*before, *after], store)
+                    self._produce(self.path(index + 1), run, before + after, store)
                 else:
                     with torch.no_grad():
                         for first, count in after:
@@ -307,7 +306,7 @@ class Sweep:
                 rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
                 return torch.stack(rows)
 
-            self._produce(self.gradient_path(index), gradients, list(self._batches(0, self._own(windows))))
+            self._produce(self.gradient_path(index), gradients, self._batches(0, self._own(windows)))
 
     def collect_backward(
         self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], windows: int
@@ -335,7 +334,7 @@ class Sweep:
                     output = self.replay.run_layer(index, hidden)
                 return torch.autograd.grad(output, hidden, above.read(first, count))[0]
 
-            self._produce(self.gradient_path(index), backward, list(self._batches(0, own)))
+            self._produce(self.gradient_path(index), backward, self._batches(0, own))
         return self._moments(open_layer, collectors, windows * self.ids.shape[1])
 
     def _add_stored(self, index: int, collectors: Sequence[GroupCollector]) -> None:
@@ -343,11 +342,7 @@ class Sweep:
         found: dict[str, torch.Tensor] = {}
         wanted = {name for collector in collectors for name in collector.sums_of_activations()}
         for path in self._directory.glob(f"{_sums(index)}*.safetensors"):
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    found |= {name: handle.get_tensor(name) for name in wanted & set(handle.keys())}
-            except (SafetensorError, OSError) as problem:
-                raise UserError(f"{path} is damaged ({problem}); say --fresh to start again") from problem
+            found |= read_record(path, wanted.__contains__)
         for collector in collectors:
             collector.add_sums(found)
 
@@ -375,10 +370,9 @@ class Sweep:
         """How many of the first ``windows`` windows are this process's."""
         return int((self.numbers < windows).sum())
 
-    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def _batches(self, first: int, last: int) -> list[tuple[int, int]]:
         """Micro-batches ``(first window, count)`` of the windows from ``first`` to ``last``."""
-        for start in range(first, last, self._micro_batch):
-            yield start, min(self._micro_batch, last - start)
+        return [(start, min(self._micro_batch, last - start)) for start in range(first, last, self._micro_batch)]
 
     def _open(self, path: Path, windows: int | None = None) -> HiddenStates:
         windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
@@ -393,7 +387,7 @@ class Sweep:
         store: Callable[[], None] = lambda: None,
     ) -> None:
         """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; then ``store``; the name comes last."""
-        batches = list(self._batches(0, len(self.ids))) if batches is None else batches
+        batches = self._batches(0, len(self.ids)) if batches is None else batches
         windows, length, dtype = sum(batches[-1]), self.ids.shape[1], self.source.compute_dtype
         temporary = path.with_suffix(".tmp")
         with torch.no_grad(), ExitStack() as stack:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,7 @@ class WorkDirectory:
         self, stage: str, index: int, ending: str | tuple[str, ...] = "", starting: str = ""
     ) -> dict[str, torch.Tensor]:
         """The tensors of a record whose names start and end so; raises UserError if it was damaged."""
-        path = self._file(stage, index)
-        try:
-            with safe_open(path, framework="pt") as handle:
-                names = [name for name in handle.keys() if name.startswith(starting) and name.endswith(ending)]  # noqa: SIM118
-                return {name: handle.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as problem:
-            raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
+        return read_record(self._file(stage, index), lambda name: name.startswith(starting) and name.endswith(ending))
 
     def notes(self, stage: str, index: int) -> dict[str, Any]:
         """The notes of a record; reads the header alone."""
@@ -131,6 +125,15 @@ class WorkDirectory:
         """Release the lock; the records stay."""
         if processes.is_main():
             self._lock.close()
+
+
+def read_record(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names are ``wanted``; raises UserError if it was damaged."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError) as problem:
+        raise UserError(f"record {path} is damaged ({problem}); say --fresh to start again") from problem
 
 
 def free_bytes(path: Path) -> int:

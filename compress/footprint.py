@@ -181,6 +181,12 @@ def record_bytes(recipe: Recipe, unit: Linear) -> int:
     return storage.largest_rank(unit) * sides + codes + len(grids) * corrected * sides
 
 
+def _of(sizes: Mapping[str, int], linears: Iterable[Linear]) -> dict[str, int]:
+    """Those of some linears, and what they share (``""``)."""
+    names = {"", *(linear.local for linear in linears)}
+    return {name: size for name, size in sizes.items() if name in names}
+
+
 class _Shapes:
     def __init__(self, source: Source, structure: Structure, recipe: Recipe, passes: int) -> None:
         self.source, self.structure, self.recipe, self.passes = source, structure, recipe, passes
@@ -244,12 +250,9 @@ class _Shapes:
         for layer in self.structure.layers:
             for linears in in_passes(layer, self.recipe, self.passes):
                 groups = [group for group in layer.groups if set(group.linears) & set(linears)]
-                names = {"", *(linear.local for linear in linears)}
-                kept = [
-                    size for group in groups for name, size in kept_sums(group, self.recipe).items() if name in names
-                ]
-                parts = {"weights": self.weights([layer.path]), "moments": sum(kept)}
-                parts["activations"] = self.activations(layer, False) + bool(sum(kept)) * self.converted(layer)
+                kept = sum(sum(_of(kept_sums(group, self.recipe), linears).values()) for group in groups)
+                parts = {"weights": self.weights([layer.path]), "moments": kept}
+                parts["activations"] = self.activations(layer, False) + bool(kept) * self.converted(layer)
                 found.append(Footprint("forward", layer.path, parts))
         return _largest(found)
 
@@ -306,8 +309,7 @@ class _Shapes:
 
     def held(self, group: Group, linears: Iterable[Linear]) -> dict[str, int]:
         """Bytes of the moments of some of a group's linears, and of what they share (``""``)."""
-        names = {"", *(linear.local for linear in linears)}
-        return {name: size for name, size in _moments(group, self.recipe, self.itemsize).items() if name in names}
+        return _of(_moments(group, self.recipe, self.itemsize), linears)
 
     def left(self, linear: Linear) -> int:
         """What small linears, several at a time, leave in the heap when they are as large as this one."""
