@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import checkpoint.environment  # noqa: F401  before anything that reads it
+from checkpoint.environment import start_loading  # before anything that reads the environment
 
 # what a disk may do in the middle of a run, and the remedy
 DISK = {
@@ -222,4 +222,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start_loading()
     sys.exit(main())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from checkpoint.environment import end_loading, start_loading
 from checkpoint.memory import keep_large_blocks_apart, peak_bytes
 
 # relative to the largest logit; in bfloat16 the same products may be summed in another order
@@ -70,6 +71,7 @@ def check(directory: Path, expected: Path, layers: str, dtype: torch.dtype, trus
     record = load_file(expected)
     with tempfile.TemporaryDirectory() as offload:
         model, report = load_offloaded(directory, dtype, layers, trust_remote_code, offload)
+        end_loading()
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report[kind]:
                 return f"{kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:3]}"
@@ -108,4 +110,5 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start_loading()
     sys.exit(main())

@@ -19,6 +19,7 @@ import torch
 from calibration.windows import Windows, make_windows
 from checkpoint import processes
 from checkpoint.device import CPU, check_free, kind_of, name_of, peak_on
+from checkpoint.environment import end_loading
 from checkpoint.errors import UserError, told
 from checkpoint.files import fsync_directory, fsync_file
 from checkpoint.memory import check_allowed, keep_large_blocks_apart, peak_bytes
@@ -116,6 +117,7 @@ def run(request: Request) -> list[Path]:
     parallel.start()
     directory = processes.of_main(lambda: find_model(request.model))
     source, structure, reason = make_source(directory, request.recipe, request.trust_remote_code, request.device)
+    end_loading()
     recipe, passes = within(source, structure, request.recipe, request.memory_limit)
     plans = [make_plan(source, structure, recipe, ratio, reason, passes) for ratio in request.ratios]
     for plan in plans:
