@@ -10,7 +10,8 @@ import torch
 
 from checkpoint.modeling_template import even_rows
 
-ROWS = 1024  # tokens converted to float32 at a time: bounds the temporary
+# tokens converted to float32 at a time, or so many that there are NUMBERS of them: bounds the temporary
+ROWS, NUMBERS = 1024, 1 << 21
 # rows of a Gram matrix that are made at a time, and the part of it: narrower bands save more, and keep the multipliers less busy
 BAND, BANDS = 128, 16
 
@@ -38,13 +39,18 @@ def exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
             unit.fp32_precision = precision
 
 
+def rows_at_a_time(width: int) -> int:
+    """How many tokens of ``width`` numbers are converted to float32 at a time."""
+    return max(ROWS, NUMBERS // width)
+
+
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     """``total += rows^T rows`` on and right of the diagonal; ``rows`` ``(tokens, d)`` of any dtype, ``total`` ``(d, d)`` float32.
 
     What is left of it is not touched, or not all of it: ``across`` fills it in when everything is summed.
     """
     with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
-        for chunk in rows.split(ROWS):
+        for chunk in rows.split(rows_at_a_time(rows.shape[1])):
             wide = even_rows(chunk).float()
             for band in _bands(total):
                 total[band, band.start :].addmm_(wide[:, band].T, wide[:, band.start :])

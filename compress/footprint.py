@@ -16,6 +16,7 @@ import torch
 from calibration import attention
 from calibration.ends import END_ROWS
 from calibration.gram import ROWS as GRAM_ROWS
+from calibration.gram import rows_at_a_time
 from calibration.labels import logit_tokens
 from calibration.moments import OF_ACTIVATIONS, moment_bytes
 from calibration.roles import ENDS
@@ -258,7 +259,8 @@ class _Shapes:
 
     def converted(self, layer: Layer) -> int:
         """Of rows in float32, to be summed."""
-        return 2 * SINGLE * GRAM_ROWS * max(max(linear.d_in, linear.d_out) for linear in layer.linears)
+        widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
+        return 2 * SINGLE * rows_at_a_time(widest) * widest
 
     def loss_gradient(self) -> Footprint:
         """The head on a chunk of tokens, forward and backward."""
