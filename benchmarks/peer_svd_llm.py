@@ -29,7 +29,9 @@ def older_tokenizer(model: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     found = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    found["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]]
+    found["model"]["merges"] = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"]
+    ]
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(found, file)
         file.flush()
@@ -61,7 +63,9 @@ def main() -> None:
     data = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
 
     def load() -> torch.nn.Module:
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            options.model, torch_dtype=getattr(torch, options.dtype)
+        )
         model.seqlen = LENGTH
         return model.eval()
 
@@ -74,9 +78,10 @@ def main() -> None:
             whitening("llama", model, statistics, ratio, "cpu")
             torch.save({"model": model, "tokenizer": tokenizer}, f"{output}/{ratio}.pt")
     used = resource.getrusage(resource.RUSAGE_SELF)
+    ratios = " ".join(map(str, options.ratios))
     print("| peer | dtype | ratios | tokens | threads | wall s | CPU s | peak MB |\n|---|---|---|---|---|---|---|---|")
     print(
-        f"| SVD-LLM, torch {torch.__version__} | {options.dtype} | {' '.join(map(str, options.ratios))} | {windows.numel()} | {options.threads} "
+        f"| SVD-LLM, torch {torch.__version__} | {options.dtype} | {ratios} | {windows.numel()} | {options.threads} "
         f"| {time.monotonic() - started:.1f} | {used.ru_utime + used.ru_stime:.1f} | {used.ru_maxrss / 1e3:.0f} |"
     )
 

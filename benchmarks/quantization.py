@@ -70,21 +70,21 @@ def collect(options: argparse.Namespace) -> None:
     )
     windows = calibration_windows(source, recipe)
     assert windows is not None
-    sweep = Sweep(source, structure, windows, RESULTS / "hidden", recipe.micro_batch)
+    sweep = Sweep(source, structure, windows, RESULTS / "hidden", recipe.micro_batch, recipe.gradient_windows)
     if all((RESULTS / f"{layer.index}.safetensors").exists() for layer in structure.layers):
         return
     sweep.embed()
     for layer in structure.layers:
         if not sweep.path(layer.index + 1).exists():
             with opened(source, layer) as open_layer:
-                sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, recipe.gradient_windows)
-    sweep.start_backward(recipe.gradient_windows, recipe.fisher, recipe.seed)
+                sweep.advance_and_sum(open_layer, [layer.linears], NEEDS)
+    sweep.start_backward(recipe.fisher, recipe.seed)
     for layer in reversed(structure.layers):
         target = RESULTS / f"{layer.index}.safetensors"
         if target.exists():
             continue
         with opened(source, layer) as open_layer:
-            moments = sweep.collect_backward(open_layer, layer.linears, NEEDS, recipe.gradient_windows)
+            moments = sweep.collect_backward(open_layer, layer.linears, NEEDS)
             tensors: dict[str, torch.Tensor] = {}
             for linear in layer.linears:
                 weight = module_weight(open_layer.linear(linear.local)).double()

@@ -23,7 +23,7 @@ END_ROWS = 8192  # of an embedding or a head that are rounded at a time
 def _last_outputs(sweep: Sweep) -> Iterator[torch.Tensor]:
     """Outputs ``(1, tokens, width)`` of the last layer, ``HEAD_TOKENS`` in all, as many at a time as their logits allow."""
     chunk = logit_tokens(sweep.source.config.get_text_config().vocab_size)
-    windows = max(1, min(HEAD_TOKENS // sweep.ids.shape[1], sweep.windows))
+    windows = max(1, min(HEAD_TOKENS // sweep.ids.shape[1], sweep.backward))
     for hidden in sweep.inputs(len(sweep.structure.layers), windows):
         for window in hidden:  # a chunk is never longer than a window: there may be no positions for more
             yield from window[None].split(chunk, dim=1)
@@ -64,10 +64,10 @@ def head_divergence(sweep: Sweep, weights: Mapping[str, torch.Tensor]) -> float:
     return total / tokens
 
 
-def embedding_moment(sweep: Sweep, windows: int) -> torch.Tensor:
+def embedding_moment(sweep: Sweep) -> torch.Tensor:
     """``E[g g^T]`` of the loss gradient at the first layer's input ``(width, width)``."""
     total, tokens = torch.empty(0), 0.0
-    for gradient in sweep.gradients(0, windows):
+    for gradient in sweep.gradients(0):
         rows = gradient.flatten(0, 1)
         total = total if tokens else rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float32)
         add_gram(total, rows)
@@ -78,11 +78,11 @@ def embedding_moment(sweep: Sweep, windows: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def embedding_loss(sweep: Sweep, weights: Mapping[str, torch.Tensor], windows: int) -> float:
+def embedding_loss(sweep: Sweep, weights: Mapping[str, torch.Tensor]) -> float:
     """``1/2 E[(g^T d)^2]`` with d the change of the first layer's input, to second order."""
     total, first = 0.0, 0
     with sweep.source.loaded(sweep.structure.front), sweep.source.substituted(weights):
-        for gradient, before in zip(sweep.gradients(0, windows), sweep.inputs(0, windows), strict=True):
+        for gradient, before in zip(sweep.gradients(0), sweep.inputs(0, sweep.backward), strict=True):
             after = sweep.replay.embed(sweep.ids[first : first + len(gradient)])
             total += float((gradient.float() * (after.float() - before.float())).sum(-1).square().sum())
             first += len(gradient)

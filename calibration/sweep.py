@@ -39,18 +39,27 @@ class Sweep:
     """Hidden states of the calibration windows, from the embedding through the layers, in ``directory``.
 
     Files ``0000.bin`` ... hold each layer's input. ``micro_batch`` windows run at a time: a function of
-    the flags alone, never of free memory, so that the same flags give the same bytes.
+    the flags alone, never of free memory, so that the same flags give the same bytes. The first ``backward`` windows (all, unless
+    it is given) are those that go backward; of the others each layer's input is kept no longer than it is needed.
 
     Of several processes each has some of the ``windows``, with the ``numbers`` that they have among all, and its own files; sums
-    are over all processes. Where a method takes a number of windows it is that of the first among all.
+    are over all processes. ``backward``, and a number of windows that a method takes, are those of the first among all.
     """
 
     def __init__(
-        self, source: Source, structure: Structure, windows: Windows, directory: Path, micro_batch: int
+        self,
+        source: Source,
+        structure: Structure,
+        windows: Windows,
+        directory: Path,
+        micro_batch: int,
+        backward: int | None = None,
     ) -> None:
         self.source, self.structure, self.windows = source, structure, len(windows.ids)
         self.numbers = processes.own_batches(self.windows, micro_batch)
         self.ids = windows.ids[self.numbers]
+        self.backward = min(self.windows, backward or self.windows)
+        self._kept = self._own(self.backward)
         self._directory, self._micro_batch = directory, micro_batch
         if processes.count() > 1:
             self._directory = directory.with_name(f"{directory.name}-{processes.index()}")
@@ -61,12 +70,22 @@ class Sweep:
         """The file of layer ``index``'s input; complete if it exists."""
         return self._directory / f"{index:04d}.bin"
 
+    def _transient(self, index: int) -> Path:
+        """The file of layer ``index``'s input, for the windows that do not go backward: nobody needs it once they are through the layer."""
+        return self._directory / f"transient-{index:04d}.bin"
+
     def embed(self) -> None:
         """Write the first layer's input, unless it is there."""
         if self.path(0).exists():
             return
         with self.source.loaded(self.structure.front):
-            self._produce(self.path(0), lambda first, count: self.replay.embed(self.ids[first : first + count]))
+            for path, ids in ((self._transient(0), self.ids[self._kept :]), (self.path(0), self.ids[: self._kept])):
+
+                def embedded(first: int, count: int, ids: torch.Tensor = ids) -> torch.Tensor:
+                    return self.replay.embed(ids[first : first + count])
+
+                if len(ids):
+                    self._produce(path, len(ids), embedded)
 
     def collect(
         self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], advance: bool
@@ -112,7 +131,7 @@ class Sweep:
             stack.enter_context(torch.no_grad())
             states = stack.enter_context(self._open(self.path(index)))
             theirs = stack.enter_context(dense._open(dense.path(index))) if dense else None
-            for start, count in self._batches(0, len(self.ids)):
+            for start, count in self._batches(len(self.ids)):
                 x = self._input_of(open_layer, first, states.read(start, count))
                 x_dense = x
                 if theirs is not None:
@@ -168,47 +187,42 @@ class Sweep:
         return Finished(open_layer, self._directory, len(self.ids), self._micro_batch, self.source.device)
 
     def advance(self, open_layer: OpenLayer) -> None:
-        """Run the layer as it stands over all windows and store the next layer's input."""
+        """Run the layer as it stands over all windows that go backward, and store the next layer's input."""
         index = open_layer.layer.index
         with self._open(self.path(index)) as states:
             self._produce(
-                self.path(index + 1), lambda first, count: self.replay.run_layer(index, states.read(first, count))
+                self.path(index + 1),
+                self._kept,
+                lambda first, count: self.replay.run_layer(index, states.read(first, count)),
             )
 
-    def advance_and_sum(
-        self, open_layer: OpenLayer, rounds: Sequence[Sequence[Linear]], needs: frozenset[str], windows: int
-    ) -> None:
-        """``advance``, and store what the windows after the first ``windows`` add to the moments of activations.
+    def advance_and_sum(self, open_layer: OpenLayer, rounds: Sequence[Sequence[Linear]], needs: frozenset[str]) -> None:
+        """``advance``, and so with the other windows, storing what they add to the moments of activations.
 
-        Those do not go backward, and ``collect_backward`` need not run them again. The linears of each of ``rounds`` are summed in
-        a pass of their own, the last in the one that advances.
+        As they do not go backward ``collect_backward`` need not run them again, and their input to this layer is deleted. The
+        linears of each of ``rounds`` are summed in a pass of their own, the last in the one that advances.
         """
-        index, own = open_layer.layer.index, self._own(windows)
-        before, after = self._batches(0, own), self._batches(own, len(self.ids))
-        if not after:
-            self.advance(open_layer)
-            return
-        with self._open(self.path(index)) as states:
-            for number, linears in enumerate(rounds):
-                collectors = self._collectors(open_layer, linears, needs & OF_ACTIVATIONS)
+        index, others = open_layer.layer.index, len(self.ids) - self._kept
+        if others:
+            with self._open(self._transient(index), others) as states, torch.no_grad():
 
-                def run(first: int, count: int, collectors: Sequence[GroupCollector] = collectors) -> torch.Tensor:
-                    with _watching(open_layer, collectors if first >= own else ()):
-                        return self.replay.run_layer(index, states.read(first, count))
+                def run(first: int, count: int) -> torch.Tensor:
+                    return self.replay.run_layer(index, states.read(first, count))
 
-                def store(number: int = number, collectors: Sequence[GroupCollector] = collectors) -> None:
+                for number, linears in enumerate(rounds):
+                    collectors = self._collectors(open_layer, linears, needs & OF_ACTIVATIONS)
+                    with _watching(open_layer, collectors):
+                        if linears is rounds[-1] and open_layer.layer is not self.structure.layers[-1]:
+                            self._produce(self._transient(index + 1), others, run)
+                        else:
+                            for first, count in self._batches(others):
+                                run(first, count)
                     sums = {name: one.cpu() for each in collectors for name, one in each.sums_of_activations().items()}
                     path = self._directory / f"{_sums(index)}{number}.safetensors"
                     write_tensors(path.with_suffix(".tmp"), sums, {})
                     publish(path.with_suffix(".tmp"), path)
-
-                if linears is rounds[-1]:
-                    self._produce(self.path(index + 1), run, before + after, store)
-                else:
-                    with torch.no_grad():
-                        for first, count in after:
-                            run(first, count)
-                    store()
+        self.advance(open_layer)
+        self._transient(index).unlink(missing_ok=True)
 
     def vary(self, open_layer: OpenLayer, base: Sweep, variants: Iterable[Mapping[str, nn.Module]]) -> None:
         """Write the next layer's input with the layer run on ``base``'s states once a variant, one after the other.
@@ -224,7 +238,7 @@ class Sweep:
             for modules in variants:
                 for local, module in modules.items():
                     open_layer.install(local, module)
-                for first, count in base._batches(0, len(base.ids)):
+                for first, count in base._batches(len(base.ids)):
                     y = self.replay.run_layer(index, states.read(first, count))
                     if made is None:
                         made = HiddenStates(temporary, len(self.ids), length, y.shape[-1], dtype, write=True)
@@ -252,7 +266,7 @@ class Sweep:
         """``1 - E[cos(x, y)]`` over tokens, of the stored input and output of layer ``index``."""
         total = 0.0
         with self._open(self.path(index)) as before, self._open(self.path(index + 1)) as after:
-            for first, count in self._batches(0, len(self.ids)):
+            for first, count in self._batches(len(self.ids)):
                 x, y = before.read(first, count).float(), after.read(first, count).float()
                 total += float(torch.nn.functional.cosine_similarity(x, y, dim=-1).sum())
         (total,) = processes.added_up([total])
@@ -261,14 +275,13 @@ class Sweep:
     def inputs(self, index: int, windows: int) -> Iterator[torch.Tensor]:
         """Stored inputs of layer ``index`` (after the last: its output) of this process's first windows, by micro-batch."""
         with self._open(self.path(index)) as states:
-            for first, count in self._batches(0, self._own(windows)):
+            for first, count in self._batches(min(self._own(windows), self._kept)):
                 yield states.read(first, count)
 
-    def gradients(self, index: int, windows: int) -> Iterator[torch.Tensor]:
+    def gradients(self, index: int) -> Iterator[torch.Tensor]:
         """Stored gradients at the input of layer ``index`` for this process's windows that go backward, by micro-batch."""
-        own = self._own(windows)
-        with self._open(self.gradient_path(index), own) as states:
-            for first, count in self._batches(0, own):
+        with self._open(self.gradient_path(index)) as states:
+            for first, count in self._batches(self._kept):
                 yield states.read(first, count)
 
     def forget(self, index: int) -> None:
@@ -282,8 +295,8 @@ class Sweep:
         """The file of the loss gradient at layer ``index``'s input (after the last layer: at its output)."""
         return self._directory / f"gradient-{index:04d}.bin"
 
-    def start_backward(self, windows: int, fisher: str, seed: int) -> None:
-        """Write the loss gradient at the last layer's output for the first ``windows`` windows, unless it is there.
+    def start_backward(self, fisher: str, seed: int) -> None:
+        """Write the loss gradient at the last layer's output for the windows that go backward, unless it is there.
 
         ``fisher`` is ``sampled`` (labels drawn from the model per seed, window and position) or ``empirical``.
         """
@@ -306,27 +319,25 @@ class Sweep:
                 rows = [loss_gradient(self.replay.head, hidden[i], labels(first + i), vocabulary) for i in range(count)]
                 return torch.stack(rows)
 
-            self._produce(self.gradient_path(index), gradients, self._batches(0, self._own(windows)))
+            self._produce(self.gradient_path(index), self._kept, gradients)
 
     def collect_backward(
-        self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str], windows: int
+        self, open_layer: OpenLayer, linears: Sequence[Linear], needs: frozenset[str]
     ) -> dict[str, Moments]:
         """Run the layer under autograd on its stored inputs and output gradients: the moments of some of its linears.
 
-        The gradient at the layer's input is stored, the same by every pass over the layer.
-
-        The first ``windows`` windows go backward; what the others add to the moments of activations was stored by
-        ``advance_and_sum``.
+        The gradient at the layer's input is stored, the same by every pass over the layer. What the windows that do not go backward
+        add to the moments of activations was stored by ``advance_and_sum``.
         """
-        index, own = open_layer.layer.index, self._own(windows)
-        batches = -(-windows // self._micro_batch)
+        index = open_layer.layer.index
+        batches = -(-self.backward // self._micro_batch)
         mine = range(processes.index(), batches, processes.count())
         collectors = self._collectors(open_layer, linears, needs, -(-SAMPLES // batches), mine)
-        if own < len(self.ids):
+        if self._kept < len(self.ids):
             self._add_stored(index, collectors)
         with _watching(open_layer, collectors) as stack:
             states = stack.enter_context(self._open(self.path(index)))
-            above = stack.enter_context(self._open(self.gradient_path(index + 1), own))
+            above = stack.enter_context(self._open(self.gradient_path(index + 1)))
 
             def backward(first: int, count: int) -> torch.Tensor:
                 hidden = states.read(first, count).clone().requires_grad_(True)
@@ -334,8 +345,8 @@ class Sweep:
                     output = self.replay.run_layer(index, hidden)
                 return torch.autograd.grad(output, hidden, above.read(first, count))[0]
 
-            self._produce(self.gradient_path(index), backward, self._batches(0, own))
-        return self._moments(open_layer, collectors, windows * self.ids.shape[1])
+            self._produce(self.gradient_path(index), self._kept, backward)
+        return self._moments(open_layer, collectors, self.backward * self.ids.shape[1])
 
     def _add_stored(self, index: int, collectors: Sequence[GroupCollector]) -> None:
         """Add the sums that ``advance_and_sum`` stored; they are spread over files by its rounds, of which there may have been others."""
@@ -360,7 +371,7 @@ class Sweep:
     def _read_through(self, open_layer: OpenLayer) -> None:
         index = open_layer.layer.index
         with self._open(self.path(index)) as states, torch.no_grad():
-            for first, count in self._batches(0, len(self.ids)):
+            for first, count in self._batches(len(self.ids)):
                 try:
                     self.replay.run_layer(index, states.read(first, count))
                 except Stop:
@@ -370,35 +381,27 @@ class Sweep:
         """How many of the first ``windows`` windows are this process's."""
         return int((self.numbers < windows).sum())
 
-    def _batches(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Micro-batches ``(first window, count)`` of the windows from ``first`` to ``last``."""
-        return [(start, min(self._micro_batch, last - start)) for start in range(first, last, self._micro_batch)]
+    def _batches(self, windows: int) -> list[tuple[int, int]]:
+        """Micro-batches ``(first window, count)`` of so many windows."""
+        return [(start, min(self._micro_batch, windows - start)) for start in range(0, windows, self._micro_batch)]
 
     def _open(self, path: Path, windows: int | None = None) -> HiddenStates:
-        windows, length, dtype = windows or len(self.ids), self.ids.shape[1], self.source.compute_dtype
+        windows, length, dtype = windows or self._kept, self.ids.shape[1], self.source.compute_dtype
         width = path.stat().st_size // (windows * length * dtype.itemsize)
         return HiddenStates(path, windows, length, width, dtype, device=self.source.device)
 
-    def _produce(
-        self,
-        path: Path,
-        make: Callable[[int, int], torch.Tensor],
-        batches: Sequence[tuple[int, int]] | None = None,
-        store: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Write the states that ``make(first, count)`` gives, micro-batch by micro-batch; then ``store``; the name comes last."""
-        batches = self._batches(0, len(self.ids)) if batches is None else batches
-        windows, length, dtype = sum(batches[-1]), self.ids.shape[1], self.source.compute_dtype
+    def _produce(self, path: Path, windows: int, make: Callable[[int, int], torch.Tensor]) -> None:
+        """Write the states of ``windows`` windows that ``make(first, count)`` gives, micro-batch by micro-batch; the name comes last."""
+        length, dtype = self.ids.shape[1], self.source.compute_dtype
         temporary = path.with_suffix(".tmp")
         with torch.no_grad(), ExitStack() as stack:
             states = None
-            for first, count in batches:
+            for first, count in self._batches(windows):
                 made = make(first, count)
                 if states is None:
                     states = HiddenStates(temporary, windows, length, made.shape[-1], dtype, write=True)
                     stack.enter_context(states)
                 states.write(first, made)
-        store()
         os.replace(temporary, path)
         fsync_directory(self._directory)
 

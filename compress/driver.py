@@ -102,7 +102,9 @@ def _record(
 
 
 def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
-    return Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{name}", plan.recipe.micro_batch)
+    recipe = plan.recipe
+    backward = recipe.gradient_windows if recipe.backward else None
+    return Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{name}", recipe.micro_batch, backward)
 
 
 def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
@@ -168,13 +170,13 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
                 if not sweep.path(layer.index + 1).exists():
                     with opened(plan.source, layer) as open_layer:
                         rounds = in_passes(layer, recipe, plan.passes)
-                        sweep.advance_and_sum(open_layer, rounds, recipe.needs, recipe.gradient_windows)
+                        sweep.advance_and_sum(open_layer, rounds, recipe.needs)
                 forward.step()
         else:  # some layers were recorded: the forward pass was complete then
             forward.step(len(layers))
     with Stage("loss gradient", 1, "head") as head:
         if len(waiting) == len(layers):
-            sweep.start_backward(recipe.gradient_windows, recipe.fisher, recipe.seed)
+            sweep.start_backward(recipe.fisher, recipe.seed)
         head.step()
     with Stage("backward", len(layers)) as backward:
         backward.step(len(layers) - len(waiting))
@@ -182,7 +184,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
             with opened(plan.source, layer) as open_layer:
                 tensors, notes = dict[str, torch.Tensor](), dict[str, Any]()
                 for linears in in_passes(layer, recipe, plan.passes):
-                    moments = sweep.collect_backward(open_layer, linears, recipe.needs, recipe.gradient_windows)
+                    moments = sweep.collect_backward(open_layer, linears, recipe.needs)
                     _add_menus(plan, open_layer, linears, moments, work, tensors, notes)
             _record(work, DENSE_STAGE, layer.index, tensors, notes)
             del moments, tensors  # before the next layer's are collected

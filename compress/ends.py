@@ -38,7 +38,7 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
     menu = plan.recipe.storage.menu(end)
     if not menu:
         return {}
-    name, windows = f"{end.name}.weight", plan.recipe.gradient_windows
+    name = f"{end.name}.weight"
     embeds, heads = roles_of(sweep, end)
     device = sweep.source.device
     moment = torch.zeros(end.d_in, end.d_in, device=device)
@@ -46,7 +46,7 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
         states, doubt = head_moment(sweep)
         moment += doubt * states
     if embeds:
-        moment += embedding_moment(sweep, windows)
+        moment += embedding_moment(sweep)
     columns = Columns(moment, plan.recipe.quantizer_damping)
     weight = sweep.source.read(sweep.source.stored(name)).to(device)
     found = {}
@@ -54,7 +54,7 @@ def _menu(plan: Plan, sweep: Sweep, end: Linear) -> dict[str, torch.Tensor]:
         quantized, as_read = _rounded(weight, grid, moment, columns)
         changed = {name: as_read}
         nats = head_divergence(sweep, changed) if heads else 0.0
-        nats += embedding_loss(sweep, changed, windows) if embeds else 0.0
+        nats += embedding_loss(sweep, changed) if embeds else 0.0
         losses = torch.tensor([nats], dtype=torch.float64)
         found[grid] = losses, candidate_record(Candidate(quantized, None, losses), end)
     loss = torch.full((len(menu) + 1,), torch.inf, dtype=torch.float64)

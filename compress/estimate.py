@@ -43,9 +43,10 @@ def estimate(source: Source, structure: Structure, recipe: Recipe, sizes: Sizes,
     tokens = recipe.calibration_tokens if recipe.needs else 0
     itemsize = source.compute_dtype.itemsize
     backward = recipe.backward
-    # a backward sweep keeps every layer's input; a forward one the input and the output of one layer
+    # of what goes backward every layer's input is kept; of the rest the input and the output of one layer
     # (and what attention gave, where it is passed over again and again)
-    hidden = tokens * width * itemsize * (len(structure.layers) + 3 if backward else 3 if recipe.walks else 2)
+    kept = min(tokens, recipe.gradient_tokens) if backward else 0
+    hidden = width * itemsize * (kept * (len(structure.layers) + 3) + (tokens - kept) * (3 if recipe.walks else 2))
     if backward:  # and the sums over what does not go backward
         hidden += sum(sum(kept_sums(group, recipe).values()) for layer in structure.layers for group in layer.groups)
     if "sensitivity" in ALLOCATIONS[recipe.allocation].reads:  # the variants behind one layer, before and after another

@@ -260,7 +260,8 @@ class _Shapes:
     def converted(self, layer: Layer) -> int:
         """Of rows in float32, to be summed."""
         widest = max(max(linear.d_in, linear.d_out) for linear in layer.linears)
-        return 2 * SINGLE * rows_at_a_time(widest) * widest
+        rows = min(rows_at_a_time(widest), self.recipe.micro_batch * self.recipe.sequence_length)
+        return 2 * SINGLE * rows * widest
 
     def loss_gradient(self) -> Footprint:
         """The head on a chunk of tokens, forward and backward."""

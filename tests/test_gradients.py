@@ -30,11 +30,11 @@ def forwarded(directory, hidden, windows: int = WINDOWS, dtype: torch.dtype = to
     source = Source(directory, dtype, separate_experts=True)
     structure = discover(source)
     ids = torch.randint(3, zoo.VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
-    sweep = Sweep(source, structure, Windows(ids, {}), hidden, BATCH)
+    sweep = Sweep(source, structure, Windows(ids, {}), hidden, BATCH, windows)
     sweep.embed()
     for layer in structure.layers:
         with opened(source, layer) as open_layer:
-            sweep.advance_and_sum(open_layer, [layer.linears[:3], layer.linears[3:]], NEEDS, windows)
+            sweep.advance_and_sum(open_layer, [layer.linears[:3], layer.linears[3:]], NEEDS)
     return source, structure, ids, sweep
 
 
@@ -42,11 +42,11 @@ def streamed(directory, tmp_path, fisher: str, gradient_windows: int = WINDOWS, 
     """Moments of every linear by the streamed sweeps, and the ids."""
     hidden = tmp_path / f"hidden-{fisher}-{dtype}"
     source, structure, ids, sweep = forwarded(directory, hidden, gradient_windows, dtype)
-    sweep.start_backward(gradient_windows, fisher, SEED)
+    sweep.start_backward(fisher, SEED)
     moments: dict[str, Moments] = {}
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
-            found = sweep.collect_backward(open_layer, layer.linears, NEEDS, gradient_windows)
+            found = sweep.collect_backward(open_layer, layer.linears, NEEDS)
             moments |= {linear.name: found[linear.local] for linear in layer.linears}
     return structure, moments, ids
 
@@ -106,6 +106,10 @@ def test_streamed_gradient_moments_are_those_of_the_whole_model(models, tmp_path
 @pytest.mark.parametrize("windows", [1, 4, 5])  # of micro-batches of four
 def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path, windows):
     structure, moments, ids = streamed(models("llama"), tmp_path, "sampled", gradient_windows=windows)
+    stored = [path for path in (tmp_path / "hidden-sampled-torch.float32").iterdir() if path.name[0] in "0t"]
+    sizes = {path.stat().st_size // LENGTH // torch.float32.itemsize for path in stored}
+    assert len(stored) == len(structure.layers) + 1, "what does not go backward is not kept"
+    assert sizes == {windows * structure.linears[0].d_in}
     inputs, _ = autograd(models("llama"), structure, ids, "sampled")
     _, gradients = autograd(models("llama"), structure, ids[:windows], "sampled")
     for linear in structure.linears:
@@ -118,16 +122,16 @@ def test_gradients_may_use_fewer_windows_than_activations(models, tmp_path, wind
 
 def test_sums_of_a_killed_run_are_passed_over_and_damaged_ones_told(models, tmp_path):
     source, structure, ids, sweep = forwarded(models("llama"), tmp_path / "hidden", 2)
-    sweep.start_backward(2, "sampled", SEED)
+    sweep.start_backward("sampled", SEED)
     last = structure.layers[-1]
     kept = tmp_path / "hidden" / f"sums-{last.index:04d}-1.safetensors"
     kept.with_name(f"sums-{last.index:04d}-7.tmp").write_bytes(b"half of")  # of a run in more rounds
     with opened(source, last) as open_layer:
-        found = sweep.collect_backward(open_layer, last.linears, NEEDS, 2)
+        found = sweep.collect_backward(open_layer, last.linears, NEEDS)
         assert all(item.tokens == ids.numel() for item in found.values())
         kept.write_bytes(kept.read_bytes()[:100])
         with pytest.raises(UserError, match="is damaged.*--fresh"):
-            sweep.collect_backward(open_layer, last.linears, NEEDS, 2)
+            sweep.collect_backward(open_layer, last.linears, NEEDS)
     sweep.forget(last.index + 1)
     assert not list((tmp_path / "hidden").glob(f"sums-{last.index:04d}-*"))
 
@@ -299,10 +303,10 @@ def test_the_corrected_loss_is_the_fisher_of_each_direction(shape):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])  # tied; with a head of its own; a scaled embedding
 def test_losses_of_changed_ends_are_those_of_the_whole_model(models, tmp_path, name):
     source, structure, ids, sweep = forwarded(models(name), tmp_path / "hidden")
-    sweep.start_backward(WINDOWS, "empirical", SEED)
+    sweep.start_backward("empirical", SEED)
     for layer in reversed(structure.layers):
         with opened(source, layer) as open_layer:
-            sweep.collect_backward(open_layer, layer.linears, NEEDS, WINDOWS)
+            sweep.collect_backward(open_layer, layer.linears, NEEDS)
     dense = AutoModelForCausalLM.from_pretrained(models(name)).eval()
     embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     changes = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02
@@ -319,7 +323,7 @@ def test_losses_of_changed_ends_are_those_of_the_whole_model(models, tmp_path, n
     assert set(names) == ({"embedding", "head"} if name == "qwen2" else {"embedding"})
     with torch.no_grad():
         new = embedding.weight + changes
-        assert embedding_loss(sweep, {names["embedding"]: new}, WINDOWS) == pytest.approx(float(expected), rel=1e-3)
+        assert embedding_loss(sweep, {names["embedding"]: new}) == pytest.approx(float(expected), rel=1e-3)
         before = head.weight.clone()
         head.weight = torch.nn.Parameter(before + changes)  # of its own from here on, where it was tied
         changed = dense(ids, use_cache=False).logits.log_softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from zoo import content
 
 import run_pipeline
 from calibration.moments import GroupCollector, moment_bytes
+from checkpoint.environment import end_loading, start_loading
 from checkpoint.errors import UserError
 from compress import pipeline
 from compress.footprint import footprints, in_passes, within
@@ -62,7 +64,8 @@ def wide(tmp_path_factory):
     return zoo.write_model(tmp_path_factory.mktemp("wide") / "source", "llama", torch.bfloat16, **sizes)
 
 
-def test_a_limit_takes_fewer_windows_then_more_passes_then_refuses(wide):
+def test_a_limit_takes_fewer_windows_then_more_passes_then_refuses(wide, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what is solved at a time would be more than the windows take
     recipe = replace(load_recipe("loss-aware"), sequence_length=64)
     source, structure, _ = make_source(wide, recipe, False)
     needed = max(item.nbytes for item in footprints(source, structure, recipe))
@@ -139,3 +142,16 @@ def test_a_limit_of_the_system_is_seen_at_once_or_met_and_survived(wide, text, t
         [sys.executable, str(ROOT / "run_pipeline.py"), *whole], check=True, env=dict(os.environ), capture_output=True
     )
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_garbage_is_collected_as_usual_once_everything_is_loaded():
+    usual, frozen = gc.get_threshold(), gc.get_freeze_count()
+    end_loading()
+    assert gc.get_freeze_count() == frozen, "of a process that is not ours nothing is frozen"
+    start_loading()
+    assert gc.get_threshold() > usual
+    try:
+        end_loading()
+        assert gc.get_threshold() == usual and gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()

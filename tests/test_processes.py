@@ -97,15 +97,19 @@ def moments(model: Path, directory: Path) -> dict[str, Any]:
     structure = discover(source)
     ids = torch.randint(zoo.VOCABULARY, (7, 32), generator=torch.Generator().manual_seed(0))
     directory.mkdir(exist_ok=True)
-    sweep = Sweep(source, structure, Windows(ids, {}), directory / "hidden", 2)
+    sweep = Sweep(source, structure, Windows(ids, {}), directory / "hidden", 2, 5)
     sweep.embed()
     for layer in structure.layers:
         with opened(source, layer) as open_layer:
-            sweep.advance_and_sum(open_layer, [layer.linears], NEEDS, 5)
-    sweep.start_backward(5, "sampled", 0)
+            sweep.advance_and_sum(open_layer, [layer.linears], NEEDS)
+    sweep.start_backward("sampled", 0)
     with opened(source, structure.layers[-1]) as open_layer:
-        found = sweep.collect_backward(open_layer, structure.layers[-1].linears, NEEDS, 5)
-    return {name: vars(item) for name, item in found.items()} | {"turning": {"last": sweep.turning(0)}}
+        found = sweep.collect_backward(open_layer, structure.layers[-1].linears, NEEDS)
+    whole = Sweep(source, structure, Windows(ids, {}), directory / "whole", 2)
+    whole.embed()
+    with opened(source, structure.layers[0]) as open_layer:
+        whole.advance(open_layer)
+    return {name: vars(item) for name, item in found.items()} | {"turning": {"last": whole.turning(0)}}
 
 
 @pytest.mark.parametrize("count", [2, 3])
