@@ -101,10 +101,9 @@ def _record(
     processes.wait()
 
 
-def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str) -> Sweep:
-    recipe = plan.recipe
-    backward = recipe.gradient_windows if recipe.backward else None
-    return Sweep(plan.source, plan.structure, windows, work.path / f"hidden-{name}", recipe.micro_batch, backward)
+def _sweep(plan: Plan, windows: Windows, work: WorkDirectory, name: str, backward: int | None = None) -> Sweep:
+    directory = work.path / f"hidden-{name}"
+    return Sweep(plan.source, plan.structure, windows, directory, plan.recipe.micro_batch, backward)
 
 
 def _forward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[Stage]:
@@ -160,7 +159,7 @@ def _backward(plan: Plan, windows: Windows | None, work: WorkDirectory) -> list[
     """Forward once, keeping every layer's input; then from the last layer to the first under autograd, decomposing."""
     assert windows is not None
     layers, recipe = plan.structure.layers, plan.recipe
-    sweep = _sweep(plan, windows, work, DENSE_STAGE)
+    sweep = _sweep(plan, windows, work, DENSE_STAGE, recipe.gradient_windows)
     recorded = processes.of_main(lambda: {layer.index for layer in layers if work.done(DENSE_STAGE, layer.index)})
     waiting = [layer for layer in reversed(layers) if layer.index not in recorded]
     with Stage("forward", len(layers)) as forward:

@@ -12,6 +12,7 @@ import zoo
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import layerpress
 import run_pipeline
 from calibration.moments import Cross, GroupCollector, Moments
 from calibration.structure import discover
@@ -198,6 +199,21 @@ def test_a_walk_with_an_allocation_that_reads_losses_sweeps_the_dense_model_firs
     ]
     ranks = {row.split(",")[5] for row in (tmp_path / "out" / "matrices.csv").read_text().splitlines()[1:]}
     assert len(ranks) > 3, "ranks are pooled, not uniform"
+
+
+@pytest.mark.parametrize("refit", ["update", "anchored"])
+def test_a_refit_sees_all_windows_where_few_go_backward(models, text, tmp_path, refit):
+    chosen = layerpress.load_recipe("loss-aware").override({"gradient_tokens": 64, "form": "factors", "refit": refit})
+    settings = {"calibration": str(text), "calibration_tokens": 1024, "sequence_length": 64, "evaluate": "none"}
+    result = layerpress.compress(
+        models("llama"), 0.7, chosen, output=tmp_path / "out", ratio_scope="decoder", **settings
+    )
+    assert [stage["stage"] for stage in result.report["stages"]][2:6] == [
+        "forward",
+        "loss gradient",
+        "backward",
+        "walking",
+    ]
 
 
 def test_channel_pruning_keeps_the_best_and_the_least_one_percent():
