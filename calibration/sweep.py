@@ -273,9 +273,9 @@ class Sweep:
         return 1.0 - total / (self.windows * self.ids.shape[1])
 
     def inputs(self, index: int, windows: int) -> Iterator[torch.Tensor]:
-        """Stored inputs of layer ``index`` (after the last: its output) of this process's first windows, by micro-batch."""
+        """Stored inputs of layer ``index`` (after the last: its output) of the first of the windows that go backward, by micro-batch."""
         with self._open(self.path(index)) as states:
-            for first, count in self._batches(min(self._own(windows), self._kept)):
+            for first, count in self._batches(self._own(windows)):
                 yield states.read(first, count)
 
     def gradients(self, index: int) -> Iterator[torch.Tensor]:

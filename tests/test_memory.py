@@ -65,9 +65,8 @@ def wide(tmp_path_factory):
 
 
 def test_a_limit_takes_fewer_windows_then_more_passes_then_refuses(wide, monkeypatch):
-    monkeypatch.setattr(
-        torch, "get_num_threads", lambda: 1
-    )  # what is solved at a time would be more than the windows take
+    # with more threads what is solved at a time would be more than the windows take
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     recipe = replace(load_recipe("loss-aware"), sequence_length=64)
     source, structure, _ = make_source(wide, recipe, False)
     needed = max(item.nbytes for item in footprints(source, structure, recipe))
