@@ -1,7 +1,7 @@
 """Causal attention by batched products, for processors that multiply bfloat16 natively.
 
 torch's own kernel for these processors takes two fifths of a small model's forward and backward passes. Here the rows of
-a window go in ``BLOCKS``: each sees the keys up to its end, so that three eighths of the scores are never made, and the heads
+a window go in blocks: each sees the keys up to its end, so that three eighths of the scores or more are never made, and the heads
 that share keys (grouped queries) are one product's rows. Scores and probabilities are bfloat16; sums and the softmax's
 arithmetic are float32. Whatever is not plain causal attention of whole windows (masks, sliding windows, short windows) goes to
 torch's kernel.
@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "layerpress"
-BLOCKS = 4
+BLOCKS = 8  # of a window's rows; the more, the fewer scores are made in vain
+BLOCKS_BACKWARD = 4  # where autograd is to come back: every block costs there as much again
 SHORTEST = 256  # tokens of a window that is cut into blocks
 
 
@@ -55,9 +56,11 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """``softmax(scaling * Q K^T) V`` with every row seeing itself and what is before it; ``(windows, length, heads, size)``."""
     windows, heads, length, size = query.shape
     shared = key.shape[1]
-    rows = (query * scaling).reshape(windows * shared, heads // shared, length, size)
-    keys, values = key.reshape(windows * shared, length, size).transpose(1, 2), value.flatten(0, 1)
-    step = length // BLOCKS
+    rows = query.reshape(windows * shared, heads // shared, length, size)
+    # of keys there are fewer than of queries
+    keys, values = (key * scaling).reshape(windows * shared, length, size).transpose(1, 2), value.flatten(0, 1)
+    backward = torch.is_grad_enabled()
+    step = length // (BLOCKS_BACKWARD if backward else BLOCKS)
     # added: filling by a mask takes several times as long, and again going backward
     later = torch.full((step, step), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
     found = []
@@ -65,7 +68,8 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         last = first + step
         scores = torch.bmm(rows[:, :, first:last].flatten(1, 2), keys[:, :, :last])
         scores.view(len(scores), -1, step, last)[..., first:].add_(later)
-        mixed = torch.bmm(scores.softmax(-1), values[:, :last])
+        probabilities = scores.softmax(-1) if backward else torch.softmax(scores, -1, out=scores)
+        mixed = torch.bmm(probabilities, values[:, :last])
         found.append(mixed.view(windows, heads, step, -1).transpose(1, 2))
     return torch.cat(found, dim=1)
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from calibration.products import by_numpy, product
 from checkpoint.modeling_template import even_rows
 
 # tokens converted to float32 at a time, or so many that there are NUMBERS of them: bounds the temporary
 ROWS, NUMBERS = 1024, 1 << 21
 # rows of a Gram matrix that are made at a time, and the part of it: narrower bands save more, and keep the multipliers less busy
 BAND, BANDS = 128, 16
+# up to this width one thread of OpenBLAS, which makes a triangle of such a product, is an eighth faster than the bands; several are slower
+NARROW = 1024
 
 
 def has_bfloat16_products() -> bool:
@@ -52,6 +55,9 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     with torch.autocast("cpu", enabled=False), exact_bfloat16_products(rows.dtype):
         for chunk in rows.split(rows_at_a_time(rows.shape[1])):
             wide = even_rows(chunk).float()
+            if torch.get_num_threads() == 1 and wide.shape[1] <= NARROW and by_numpy(wide):
+                total += product(wide.T, wide)
+                continue
             for band in _bands(total):
                 total[band, band.start :].addmm_(wide[:, band].T, wide[:, band.start :])
 

@@ -17,20 +17,21 @@ DTYPES = (torch.float32, torch.float64)
 PIECE = 1 << 22  # numbers of a product that is to be subtracted
 
 
-def _by_numpy(matrix: torch.Tensor) -> bool:
+def by_numpy(matrix: torch.Tensor) -> bool:
+    """Whether OpenBLAS multiplies and decomposes it."""
     return OPENBLAS_IS_WIDER and matrix.device.type == "cpu" and matrix.dtype in DTYPES
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``, new; ``(m, k)`` and ``(k, n)`` of one dtype (bfloat16 is torch's), without gradients."""
-    if _by_numpy(a):
+    if by_numpy(a):
         return torch.from_numpy(a.numpy() @ b.numpy())
     return a @ b
 
 
 def subtract_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``total -= a @ b``, in place; ``total`` ``(m, n)``, ``a`` ``(m, k)`` and ``b`` ``(k, n)`` of one dtype, without gradients."""
-    if not _by_numpy(a):
+    if not by_numpy(a):
         total.addmm_(a, b, alpha=-1.0)
         return
     step = max(1, PIECE // max(1, total.shape[1]))  # numpy has no product that adds: some rows' is there besides
@@ -43,7 +44,7 @@ def eigenvectors(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises torch.linalg.LinAlgError where they are not found.
     """
-    if not _by_numpy(symmetric):
+    if not by_numpy(symmetric):
         values, vectors = torch.linalg.eigh(symmetric)
         return values, vectors
     try:

@@ -184,7 +184,7 @@ def _draw(tokenizer: Any, text: str, wanted: int, length: int, seed: int) -> Win
     text_hash = hashlib.sha256()
     characters = 0
     for piece in read_text(text, tokenizer):
-        stream.extend(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        stream.extend(tokenizer(piece, add_special_tokens=False, return_attention_mask=False)["input_ids"])
         text_hash.update(piece.encode())
         characters += len(piece)
         if len(stream) >= POOL * wanted * length:

@@ -245,9 +245,16 @@ class Source:
         return next(tensor for _, tensor in read_tensors([item]))
 
     def parameter_names(self, prefixes: Iterable[str]) -> list[str]:
-        """State-dict names at or under the module paths, in the model's order."""
-        wanted = tuple(prefixes)
-        return [name for name in self.model.state_dict() if any(name == p or name.startswith(p + ".") for p in wanted)]
+        """State-dict names at or under the paths of modules or tensors, each once.
+
+        Only what is under the paths is walked through: of a whole model's names a list takes milliseconds, for every layer.
+        """
+        names: dict[str, None] = {}
+        for path in prefixes:
+            parent, _, own = path.rpartition(".")
+            found = getattr(self.model.get_submodule(parent), own)
+            names |= dict.fromkeys(found.state_dict(prefix=f"{path}.") if isinstance(found, nn.Module) else [path])
+        return list(names)
 
     def load(self, prefixes: Iterable[str], keep_source_dtype: bool = False) -> None:
         """Bring the parameters under ``prefixes`` into the skeleton.

@@ -222,12 +222,12 @@ class _Shapes:
         return self.tokens * (numbers + self.scores(backward))
 
     def scores(self, backward: bool) -> int:
-        """Of attention by products: scores and probabilities of a block of rows; under autograd the latter of all blocks stay."""
+        """Of attention by products: a block of rows' scores, which become probabilities; under autograd those of all blocks stay."""
         config, length = self.source.config.get_text_config(), self.recipe.sequence_length
         if config._attn_implementation != attention.NAME or length < attention.SHORTEST:
             return 0
         row = config.num_attention_heads * length * self.itemsize
-        return row if backward else 2 * row // attention.BLOCKS
+        return row if backward else row // attention.BLOCKS
 
     def end(self, paths: Sequence[str], stage: str) -> Footprint:
         """Of the embedding, or the head, while they run."""

@@ -24,7 +24,7 @@ from compress.sizes import Collected
 
 DENSE_STAGE = "factors"
 SEARCH_STAGE = "search"  # losses of the model with one linear compressed
-RECORDS = 7  # their format, and the arithmetic that made them: what another version of layerpress left cannot be read
+RECORDS = 8  # their format, and the arithmetic that made them: what another version of layerpress left cannot be read
 MEANS = ("mean_input", "mean_output")
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibration import products
 from calibration.gram import across, add_gram
 from calibration.moments import GroupCollector, Moments
 from compress.methods import METHODS
@@ -165,7 +166,10 @@ def test_symmetric_root_of_a_singular_moment(function):
     assert torch.allclose(root @ root.T, x.T @ x, atol=1e-12)
 
 
-def test_bfloat16_grams_are_exact_to_float32():
+@pytest.mark.parametrize(("openblas", "threads"), [(False, 1), (True, 1), (True, 2)])
+def test_bfloat16_grams_are_exact_to_float32(openblas, threads, monkeypatch):
+    monkeypatch.setattr(products, "OPENBLAS_IS_WIDER", openblas)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows = torch.randn(3000, 640, generator=torch.Generator().manual_seed(0)).bfloat16()
     total = torch.zeros(640, 640)
     add_gram(total, rows)
