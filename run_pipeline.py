@@ -2,13 +2,14 @@
 
 The stages, in order: plan (everything validated and estimated), verify the weights, decompose layer by layer,
 write, check in a fresh process, evaluate beside the dense model, report. Exit codes: 0 done, 2 the user's
-input, 1 ours, 130 or 143 interrupted (the same command goes on from where it was).
+input, 1 ours, 130 or 143 interrupted (the same command goes on from where it was), 141 nobody reads what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import shlex
 import signal
@@ -224,7 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command() -> int:
     """``main`` as a process of its own."""
     start_loading()
-    return main()
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # while it can be told
+    except (
+        BrokenPipeError
+    ):  # as in "| head": no fault of ours, and what python would flush at its end has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

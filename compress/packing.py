@@ -1,11 +1,13 @@
-"""Quantized weights as they are stored: codes in 32-bit words by compressed-tensors, never a bit layout of our own."""
+"""Quantized weights as they are stored: codes in 32-bit words by compressed-tensors, never a bit layout of our own.
+
+That library is loaded when something is packed: it takes 10 MB.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from checkpoint.forms import Grid, Spec
 from compress.parts import LowRank
@@ -17,17 +19,23 @@ TOGETHER = 1 << 22  # codes that are packed or unpacked at a time: each is widen
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes int8 ``(rows, n)`` in words int32 ``(rows, ceil(n bits / 32))``."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     return torch.cat([pack_to_int32(part, bits) for part in codes.split(max(1, TOGETHER // codes.shape[1]))])
 
 
 def unpack_rows(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Codes int8 ``(rows, width)`` from the words of ``pack_rows``."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     parts = words.split(max(1, TOGETHER // width))
     return torch.cat([unpack_from_int32(part, bits, torch.Size((len(part), width))) for part in parts])
 
 
 def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
     """The tensors of a packed linear at ``prefix``: codes along a row, zero points along a column (modeling_template.grid_shapes)."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     bits = quantized.grid.bits
     scale = quantized.scale
     if quantized.grid.power_of_two:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -244,3 +246,14 @@ def test_usage_errors_and_the_command_in_a_process_of_its_own(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     done = subprocess.run([*command, "--list-recipes"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "llm-rom" in done.stdout and "arxiv.org" in done.stdout
+
+
+def test_whoever_reads_may_stop_reading():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, str(ROOT / "run_pipeline.py"), "--list-recipes"]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
