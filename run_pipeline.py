@@ -230,9 +230,8 @@ def command() -> int:
             return main()
         finally:
             sys.stdout.flush()  # while it can be told
-    except (
-        BrokenPipeError
-    ):  # as in "| head": no fault of ours, and what python would flush at its end has nowhere to go
+    except BrokenPipeError:  # as in "| head"
+        # what python itself would flush at its end has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

@@ -36,13 +36,14 @@ def test_products_are_as_exact_as_the_kernel(heads, shared):
         assert found.shape == true.shape and error < max(2.5 * usual, 0.006)
 
 
-def test_the_same_numbers_with_and_without_gradients():
+def test_with_gradients_and_without_is_the_same():
     # without, there are more blocks, and probabilities take the place of the scores
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 512, 64, generator=generator).bfloat16() for heads in (9, 3, 3)]
     with torch.no_grad():
-        alone = attention.causal_attention(*given, 0.125)
-    assert torch.equal(alone, attention.causal_attention(*given, 0.125))
+        alone = attention.causal_attention(*given, 0.125).double()
+    differs = (attention.causal_attention(*given, 0.125).double() - alone).norm() / alone.norm()
+    assert float(differs) < 0.002  # where they do, products of other sizes are summed in another order
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3", "falcon"])
