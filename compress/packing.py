@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint.forms import Grid, Spec
+from checkpoint.modeling_template import unpack
 from compress.parts import LowRank
 from compress.quantizers.grid import Quantized, values
 from compress.quantizers.rounding import round_to_nearest
@@ -17,32 +18,33 @@ from compress.quantizers.rounding import round_to_nearest
 TOGETHER = 1 << 22  # codes that are packed or unpacked at a time: each is widened to 32 bits, several times over
 
 
-def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes int8 ``(rows, n)`` in words int32 ``(rows, ceil(n bits / 32))``."""
+def _pack(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Codes int8 in words int32 along ``dim``; ``unpack`` undoes it."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    return torch.cat([pack_to_int32(part, bits) for part in codes.split(max(1, TOGETHER // codes.shape[1]))])
+    return pack_to_int32(codes, bits, packed_dim=dim)
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes int8 ``(rows, n)`` in words int32 ``(rows, ceil(n bits / 32))``."""
+    return torch.cat([_pack(part, bits, 1) for part in codes.split(max(1, TOGETHER // codes.shape[1]))])
 
 
 def unpack_rows(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Codes int8 ``(rows, width)`` from the words of ``pack_rows``."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
     parts = words.split(max(1, TOGETHER // width))
-    return torch.cat([unpack_from_int32(part, bits, torch.Size((len(part), width))) for part in parts])
+    return torch.cat([unpack(part, bits, (len(part), width), 1) for part in parts])
 
 
 def packed_tensors(prefix: str, quantized: Quantized) -> dict[str, torch.Tensor]:
     """The tensors of a packed linear at ``prefix``: codes along a row, zero points along a column (modeling_template.grid_shapes)."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     bits = quantized.grid.bits
     scale = quantized.scale
     if quantized.grid.power_of_two:
         scale = (torch.log2(scale.float()) + 127).to(torch.uint8)
     tensors = {"weight_packed": pack_rows(quantized.codes, bits), "weight_scale": scale}
     if quantized.zero is not None:
-        tensors["weight_zero_point"] = pack_to_int32(quantized.zero, bits, packed_dim=0)
+        tensors["weight_zero_point"] = _pack(quantized.zero, bits, 0)
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
